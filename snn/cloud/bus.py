@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUEUE', 'DEAD', 'TAKE', 'LambdaBus', 'Envelope', 'taken_by', 'Queue']
 
-# %% ../../nbs/cloud/05_bus.ipynb #2d22cbe8
+# %% ../../nbs/cloud/05_bus.ipynb #225ce5b7
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,23 +14,30 @@ import redis
 from msgspec import Raw, Struct
 
 from .messages import Message
+from .store import Outbox
 
-# %% ../../nbs/cloud/05_bus.ipynb #5df16b42
+# %% ../../nbs/cloud/05_bus.ipynb #da61f55c
 class LambdaBus:
     "Invokes Lambda functions."
     def __init__(self,
         client,                 # boto3 client of Lambda
         names: dict[str, str],  # LaunchLambda, TrainerLambda, NeuronLambda -> names of the deployed functions
+        store: Outbox,          # whose waiting commands go first
     ):
-        self.client, self.names, self.threads = client, names, ThreadPoolExecutor(16)
+        self.client, self.names, self.store, self.threads = client, names, store, ThreadPoolExecutor(16)
 
     def _invoke(self, message: Message) -> None:
         self.client.invoke(FunctionName=self.names[message.function], InvocationType="Event", Payload=msgspec.json.encode(message))
 
     def send(self, messages: Sequence[Message]) -> None:
         "Invoke each message's function; returns when Lambda has accepted all."
+        self.store.flush()
         if len(messages) == 1: self._invoke(messages[0])
         else: list(self.threads.map(self._invoke, messages))
+
+    def settle(self) -> None:
+        "An invocation ends. Lambda may freeze the process now, so nothing may wait any longer."
+        self.store.flush()
 
 # %% ../../nbs/cloud/05_bus.ipynb #0569cbe1
 class Envelope(Struct):
@@ -55,26 +62,29 @@ redis.call('RPUSH', KEYS[2], unpack(taken))
 return taken
 """
 
-# %% ../../nbs/cloud/05_bus.ipynb #1a69e3c9
+# %% ../../nbs/cloud/05_bus.ipynb #9992638d
 class Queue:
     "The bus on one machine."
     def __init__(self,
-        client: redis.Redis,
-        workers: int=1,  # that take from it
+        store: Outbox,   # on the same server
+        workers: int=1,  # that take from the queue
     ):
-        self.client, self.workers, self._take = client, workers, client.register_script(TAKE)
+        self.store, self.client, self.workers, self.script = store, store.client, workers, store.script(TAKE)
 
     def send(self, messages: Sequence[Message]) -> None:
-        "Put messages into the queue, with one request."
+        "Put messages into the queue, with the next request."
         if messages: self.put(*(Envelope(m.function, Raw(msgspec.json.encode(m))) for m in messages))
 
     def put(self, *envelopes: Envelope) -> None:
-        "Put envelopes into the queue."
-        self.client.rpush(QUEUE, *(msgspec.json.encode(e) for e in envelopes))
+        "Put envelopes into the queue, with the next request."
+        self.store.later("RPUSH", QUEUE, *(msgspec.json.encode(e) for e in envelopes))
+
+    def settle(self) -> None:
+        "An invocation ends. What waits will leave with the next request, which comes soon: the next `take`."
 
     def take(self, worker: str, wait: float = 1.0) -> list[Envelope]:
         "A worker's share of the queue; waits `wait` seconds at most for a first message."
-        taken = self._take([QUEUE, taken_by(worker)], [self.workers, 64])
+        taken = self.store.now("EVALSHA", self.script, 2, QUEUE, taken_by(worker), self.workers, 64)
         if not taken and wait:
             first = self.client.blmove(QUEUE, taken_by(worker), wait, "LEFT", "RIGHT")
             taken = [first] if first else []
@@ -88,7 +98,7 @@ class Queue:
 
     def bury(self, envelope: Envelope, reason: str) -> None:
         "Put a message that failed too often aside, with the reason."
-        self.client.rpush(DEAD, msgspec.json.encode({"function": envelope.function, "event": envelope.event, "reason": reason}))
+        self.store.later("RPUSH", DEAD, msgspec.json.encode({"function": envelope.function, "event": envelope.event, "reason": reason}))
 
     def dead(self) -> list[dict]:
         "Messages that were put aside."

@@ -28,10 +28,10 @@ class Entry(NamedTuple):
     finished: bool
     microseconds: int
 
-# %% ../../nbs/cloud/04_ledger.ipynb #d684134e
+# %% ../../nbs/cloud/04_ledger.ipynb #a63d148b
 class StoreLedger:
     "The ledger on the parameter server, written by the scripts of the store."
-    def __init__(self, store: Store): self.client = store.client
+    def __init__(self, store: Store): self.store, self.client = store, store.client
 
     def started(self, message: Message) -> None:
         "Nothing to do: `Store.open` has counted it."
@@ -44,12 +44,14 @@ class StoreLedger:
 
     def entry(self, message: Message) -> Entry:
         "One invocation; of the last two epochs."
+        self.store.flush()
         where = key(message.run, message.batch, message.epoch)
         attempts, microseconds = self.client.hmget(where, f"attempts:{message.step}", f"finished:{message.step}")
         return Entry(int(attempts or 0), microseconds is not None, int(microseconds or 0))
 
     def counts(self, plan: Plan) -> dict[str, Count]:
         "All invocations of a run, by function."
+        self.store.flush()
         pipeline = self.client.pipeline(transaction=False)
         for batch in (ALL, *range(plan.batches)): pipeline.hgetall(tag(plan.run, batch))
         records = pipeline.execute()

@@ -20,7 +20,7 @@ Function = Literal["LaunchLambda", "TrainerLambda", "NeuronLambda"]
 Direction = Literal["start", "next", "forward", "backward", "network"]
 ALL = -1  # as `batch`: the whole epoch, not one mini-batch of it
 
-# %% ../../nbs/cloud/01_messages.ipynb #be2c345a
+# %% ../../nbs/cloud/01_messages.ipynb #165c30a0
 class Message(Struct, frozen=True, omit_defaults=True):
     "One invocation that is asked for."
     function: Function
@@ -33,6 +33,7 @@ class Message(Struct, frozen=True, omit_defaults=True):
     count: int = 0     # neurons in the block
     source: str = ""   # which mini-batch of which epoch holds the weights to start from
     hop: int = 0       # how many messages led to this one
+    learn: bool = True # is a step of the weights wanted? Not where another mini-batch has won already
 
     @property
     def step(self) -> str:
@@ -82,21 +83,23 @@ def epoch_messages(
     "LaunchLambda begins an epoch: one TrainerLambda per mini-batch."
     return [Message("TrainerLambda", "start", plan.run, epoch, batch, source=source, hop=hop) for batch in range(plan.batches)]
 
-# %% ../../nbs/cloud/01_messages.ipynb #fcbf2eaa
+# %% ../../nbs/cloud/01_messages.ipynb #8e7d7000
 def layer_messages(
     plan: Plan,
     message: Message,  # to the TrainerLambda
     direction: Direction,
     layer: int,        # from 1
+    learn: bool=True,  # is a step of the weights wanted?
 ) -> list[Message]:
     "TrainerLambda asks a layer: one NeuronLambda per block."
-    return [Message("NeuronLambda", direction, plan.run, message.epoch, message.batch, layer, first, count, message.source, message.hop + 1)
+    return [Message("NeuronLambda", direction, plan.run, message.epoch, message.batch, layer, first, count, message.source, message.hop + 1, learn)
             for first, count in blocks(plan.parameters, layer)]
 
-# %% ../../nbs/cloud/01_messages.ipynb #034383ac
+# %% ../../nbs/cloud/01_messages.ipynb #7fd67d22
 def trainer_messages(
     plan: Plan,
     message: Message,  # to the TrainerLambda
+    learn: bool=True,  # is a step of the weights wanted?
 ) -> list[Message]:
     "What a TrainerLambda sends on, after its own work; nothing after the last step of a mini-batch."
     last, layer = plan.parameters.layers, message.layer
@@ -105,16 +108,16 @@ def trainer_messages(
             return [Message("NeuronLambda", "network", plan.run, message.epoch, message.batch, source=message.source, hop=message.hop + 1)]
         return layer_messages(plan, message, "forward", 1)
     if message.direction == "forward":
-        return layer_messages(plan, message, "forward", layer + 1) if layer < last else layer_messages(plan, message, "backward", last)
-    return layer_messages(plan, message, "backward", layer - 1) if layer > 1 else []
+        return layer_messages(plan, message, "forward", layer + 1) if layer < last else layer_messages(plan, message, "backward", last, learn)
+    return layer_messages(plan, message, "backward", layer - 1, learn) if layer > 1 else []
 
-# %% ../../nbs/cloud/01_messages.ipynb #21465672
+# %% ../../nbs/cloud/01_messages.ipynb #8013c952
 def after_layer(
     message: Message,  # to any NeuronLambda of the layer
 ) -> Message:
     "What is sent when the last block of a layer has finished."
     direction, layer = ("backward", 1) if message.direction == "network" else (message.direction, message.layer)
-    return Message("TrainerLambda", direction, message.run, message.epoch, message.batch, layer, source=message.source, hop=message.hop + 1)
+    return Message("TrainerLambda", direction, message.run, message.epoch, message.batch, layer, source=message.source, hop=message.hop + 1, learn=message.learn)
 
 # %% ../../nbs/cloud/01_messages.ipynb #25a2da59
 def after_epoch(

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['Status', 'Runs']
 
-# %% ../../nbs/cloud/03_runs.ipynb #c171b0f0
+# %% ../../nbs/cloud/03_runs.ipynb #9b045cca
 import time
 from functools import lru_cache
 
 import msgspec
-import redis
 from msgspec import Struct
 
 from .messages import ALL, Plan
-from .store import Incomplete, tag
+from .store import Incomplete, Outbox, tag
 
 # %% ../../nbs/cloud/03_runs.ipynb #1e5824f8
 class Status(Struct, omit_defaults=False):
@@ -29,14 +28,14 @@ class Status(Struct, omit_defaults=False):
     best_validation: float | None = None  # the lowest so far
     best_epoch: int = -1                  # that had it
 
-# %% ../../nbs/cloud/03_runs.ipynb #80a81d38
+# %% ../../nbs/cloud/03_runs.ipynb #f48079b2
 class Runs:
     "The records of all runs on one parameter server."
     def __init__(self,
-        client: redis.Redis,
+        store: Outbox,           # whose server holds the records
         ttl: int=7 * 24 * 3600,  # seconds that a record is kept
     ):
-        self.client, self.ttl = client, ttl
+        self.store, self.client, self.ttl = store, store.client, ttl
         self.plan = lru_cache(maxsize=16)(self._plan)  # a plan never changes
 
     def begin(self, plan: Plan) -> bool:
@@ -47,28 +46,26 @@ class Runs:
         return bool(first)
 
     def _plan(self, run: str) -> Plan:
-        value = self.client.hget(f"{tag(run)}:run", "plan")
+        value = self.store.now("HGET", f"{tag(run)}:run", "plan")
         if value is None: raise Incomplete(f"the parameter server knows no run {run}")
         return msgspec.json.decode(value, type=Plan)
 
     def status(self, run: str) -> Status:
         "How far a run is."
-        value = self.client.hget(f"{tag(run)}:run", "status")
+        value = self.store.now("HGET", f"{tag(run)}:run", "status")
         return msgspec.json.decode(value, type=Status) if value else Status()
 
     def update(self, run: str, status: Status) -> None:
-        "Say how far a run is, and add the cost of its newest epoch."
+        "Say how far a run is, and add the cost of its newest epoch; leaves with the next request."
         status.updated = time.time()
-        pipeline = self.client.pipeline(transaction=False)
-        pipeline.hset(f"{tag(run)}:run", "status", msgspec.json.encode(status))
+        self.store.later("HSET", f"{tag(run)}:run", "status", msgspec.json.encode(status))
         if status.cost is not None:
-            pipeline.hset(f"{tag(run)}:costs", str(status.epoch), repr(status.cost))
-            pipeline.expire(f"{tag(run)}:costs", self.ttl)
-        pipeline.execute()
+            self.store.later("HSET", f"{tag(run)}:costs", str(status.epoch), repr(status.cost))
+            self.store.later("EXPIRE", f"{tag(run)}:costs", self.ttl)
 
     def costs(self, run: str) -> list[float]:
         "Cost of each finished epoch, first epoch first."
-        found = {int(epoch): float(cost) for epoch, cost in self.client.hgetall(f"{tag(run)}:costs").items()}
+        found = {int(epoch): float(cost) for epoch, cost in self.store.now("HGETALL", f"{tag(run)}:costs").items()}
         return [found[epoch] for epoch in sorted(found)]
 
     def stop(self, plan: Plan, state: str, reason: str) -> None:
@@ -76,6 +73,7 @@ class Runs:
         status = self.status(plan.run)
         self.update(plan.run, msgspec.structs.replace(status, state=state, reason=reason))
         for batch in (ALL, *range(plan.batches)): self.client.hset(tag(plan.run, batch), "stopped", 1)
+        self.store.flush()
 
     def refuse(self, name: str, reason: str) -> None:
         "Record that an upload started no run, and why."

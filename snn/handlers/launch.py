@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['NAME', 'FOLLOW', 'run_id', 'read_datasets', 'make_plan', 'start', 'held_key', 'follow_best', 'follow_mean',
            'network_at', 'validate', 'why_end', 'results', 'trained_model', 'model_file', 'leave_results', 'go_on',
-           'handle', 'end', 'services', 'handle_upload', 'lambda_handler']
+           'handle', 'end', 'handle_upload', 'lambda_handler']
 
-# %% ../../nbs/handlers/04_launch.ipynb #17defa17
+# %% ../../nbs/handlers/04_launch.ipynb #2119c179
 import hashlib
 import tempfile
 import time
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -21,7 +20,7 @@ import numpy as np
 from ..cloud.bucket import Upload, uploads
 from ..cloud.messages import Message, Plan, blocks, epoch_messages
 from ..cloud.runs import Status
-from ..cloud.services import Services
+from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
 from .inputs import begin, layer_weights, pack_images, training_data
 from ..maths import data, model
@@ -267,12 +266,7 @@ def end(
     status.state = "finished"
     services.runs.update(plan.run, status)
 
-# %% ../../nbs/handlers/04_launch.ipynb #6f6ff704
-@lru_cache(maxsize=1)
-def services() -> Services:
-    "The services of this process, connected when the first event comes."
-    return Services()
-
+# %% ../../nbs/handlers/04_launch.ipynb #fc23c5d7
 def handle_upload(
     upload: Upload,
     services: Services,
@@ -289,5 +283,6 @@ def lambda_handler(
     context,      # from Lambda, unused
 ) -> None:
     "LaunchLambda's entry."
-    if "function" in event: return handle(msgspec.convert(event, Message), services())
-    for upload in uploads(event): handle_upload(upload, services())
+    if "function" in event: handle(msgspec.convert(event, Message), process_services())
+    for upload in uploads(event): handle_upload(upload, process_services())
+    process_services().bus.settle()

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'expected', 'handle',
-           'services', 'lambda_handler']
+           'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #78f2baed
+# %% ../../nbs/handlers/02_neuron.ipynb #7e8a3b4a
 import time
-from functools import lru_cache
 
 import msgspec
 import numpy as np
 
 from ..cloud.messages import Message, Plan, after_layer, blocks
-from ..cloud.services import Services
+from ..cloud.services import Services, process_services
 from ..cloud.store import encode
-from .inputs import begin, images, labels, layer_weights, weights
-from ..maths.network import gradients, step
+from .inputs import Diverged, begin, finite_cost, images, labels, layer_weights, leads, weights
+from ..maths.network import activations, slopes, step
 from ..maths.neuron import backward, forward
 
 # %% ../../nbs/handlers/02_neuron.ipynb #b2189a8e
@@ -41,7 +40,7 @@ def run_forward(
     A = forward(W, b, previous(plan, message, services, arrays), plan.parameters.activation(message.layer))
     return {f"a{message.layer}/{message.first}": encode(A)}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #d36c3086
+# %% ../../nbs/handlers/02_neuron.ipynb #f552edf4
 def after_step(
     plan: Plan,
     message: Message,
@@ -66,10 +65,10 @@ def run_backward(
     old = weights(plan, message, services, message.layer, message.first, message.count)
     dZ, dW, db = backward(arrays[f"dA{message.layer}"][block], arrays[f"A{message.layer}"][block],
                           previous(plan, message, services, arrays), plan.parameters.activation(message.layer))
-    new = after_step(plan, message, message.layer, message.first, old, dW, db)
+    new = {} if not message.learn else after_step(plan, message, message.layer, message.first, old, dW, db)
     return {f"dz{message.layer}/{message.first}": encode(dZ), **new}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #bab6c51d
+# %% ../../nbs/handlers/02_neuron.ipynb #0b673828
 def run_network(
     plan: Plan,
     message: Message,
@@ -78,9 +77,12 @@ def run_network(
 ) -> dict[str, bytes]:
     "Forward and backward through all layers."
     layers = [layer_weights(plan, message, services, l) for l in range(1, plan.parameters.layers + 1)]
-    price, slopes = gradients(plan.parameters, layers, images(plan, message, services), labels(plan, message, services))
+    A, Y = activations(plan.parameters, layers, images(plan, message, services)), labels(plan, message, services)
+    price = finite_cost(plan, message, A, Y)
     values = {"cost": encode(np.array(price))}
-    for l, (old, (dW, db)) in enumerate(zip(layers, slopes), start=1): values |= after_step(plan, message, l, 0, old, dW, db)
+    if not leads(plan, message, services, price): return values
+    for l, (old, (dW, db)) in enumerate(zip(layers, slopes(plan.parameters, layers, A, Y)), start=1):
+        values |= after_step(plan, message, l, 0, old, dW, db)
     return values
 
 # %% ../../nbs/handlers/02_neuron.ipynb #7dd018b4
@@ -100,7 +102,7 @@ def expected(
 
 DIRECTIONS = {"forward": run_forward, "backward": run_backward, "network": run_network}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #75099ccc
+# %% ../../nbs/handlers/02_neuron.ipynb #48b1e259
 def handle(
     message: Message,
     services: Services,
@@ -109,21 +111,18 @@ def handle(
     began, plan = time.perf_counter(), services.runs.plan(message.run)
     status, arrays = begin(message, services, needs(message))
     if status not in ("open", "finished"): return
-    values = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
+    try: values = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
+    except Diverged as error: return services.runs.stop(plan, "failed", str(error))
     seconds, following = time.perf_counter() - began, after_layer(message)
     joined = services.store.join(message, expected(plan, message), following, seconds, values)
     if status == "open": services.ledger.finished(message, seconds)
     if joined.send: services.bus.send([following])
 
-# %% ../../nbs/handlers/02_neuron.ipynb #77558676
-@lru_cache(maxsize=1)
-def services() -> Services:
-    "The services of this process, connected when the first event comes."
-    return Services()
-
+# %% ../../nbs/handlers/02_neuron.ipynb #2191cc74
 def lambda_handler(
     event: dict,  # a `Message`
     context,      # from Lambda, unused
 ) -> None:
     "NeuronLambda's entry."
-    handle(msgspec.convert(event, Message), services())
+    handle(msgspec.convert(event, Message), process_services())
+    process_services().bus.settle()

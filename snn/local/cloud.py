@@ -35,7 +35,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #5a3d01e4
+# %% ../../nbs/local/03_cloud.ipynb #286200cc
 class LocalCloud:
     "Everything that AWS would provide, on this machine, for as long as it is not closed."
     def __init__(self,
@@ -60,6 +60,7 @@ class LocalCloud:
         arn = self.sqs.get_queue_attributes(QueueUrl=self.inbox, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         create_bucket(self.aws, bucket, arn)
         self.bucket = Bucket(self.aws.client("s3"), bucket)
+        self.carried = Services(self.workers.environment).bus  # of the thread's own
         self.carrier = threading.Thread(target=self._carry, daemon=True)
         self.carrier.start()
 
@@ -68,7 +69,8 @@ class LocalCloud:
         while not self.closing.is_set():
             found = self.sqs.receive_message(QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10)
             for message in found.get("Messages", []):
-                self.services.bus.put(Envelope("LaunchLambda", Raw(message["Body"].encode())))
+                self.carried.put(Envelope("LaunchLambda", Raw(message["Body"].encode())))
+                self.carried.store.flush()
                 self.sqs.delete_message(QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"])
             if not self.closing.is_set(): self.workers.look_after()
 

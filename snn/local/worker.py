@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'SETTINGS', 'handlers', 'run_one', 'give_up', 'main', 'cores', 'Workers']
 
-# %% ../../nbs/local/02_worker.ipynb #91cc5370
+# %% ../../nbs/local/02_worker.ipynb #d751e90d
 import os
 import signal
 import subprocess
@@ -17,7 +17,8 @@ import redis
 
 from ..cloud.bus import Envelope, Queue
 from ..cloud.messages import Message
-from ..cloud.services import Services
+from ..cloud.services import Services, process_services
+from .server import KEEP_MEMORY
 
 # %% ../../nbs/local/02_worker.ipynb #a7a9eb86
 TRIES = 3  # as Lambda: the first and two more
@@ -53,15 +54,14 @@ def give_up(
     message = msgspec.convert(event, Message)
     services.runs.stop(services.runs.plan(message.run), "failed", f"{message.id} failed {TRIES} times: {reason}")
 
-# %% ../../nbs/local/02_worker.ipynb #c026422d
-SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+# %% ../../nbs/local/02_worker.ipynb #243b97e0
+SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1", **KEEP_MEMORY}
 
 def main() -> None:
     "Work until told to stop."
     name, parent = sys.argv[1], os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells its workers
-    services, functions = Services(), handlers()
+    services, functions = process_services(), handlers()
     try:
         while os.getppid() == parent:
             for envelope in services.bus.take(name): run_one(envelope, functions, services)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layer', 'MOMENTS', 'RULES', 'rows', 'initialise_layer', 'initialise', 'cost', 'cost_gradient', 'activations',
-           'gradients', 'step', 'best_batch', 'mean_of', 'train_epoch', 'train', 'reached']
+           'slopes', 'gradients', 'step', 'best_batch', 'mean_of', 'train_epoch', 'train', 'reached']
 
 # %% ../../nbs/maths/04_network.ipynb #7f8e1a25
 from collections.abc import Iterator
@@ -77,21 +77,30 @@ def activations(
     for l, (W, b, *_) in enumerate(layers, start=1): A.append(forward(W, b, A[-1], parameters.activation(l)))
     return A
 
-# %% ../../nbs/maths/04_network.ipynb #7d79bca9
+# %% ../../nbs/maths/04_network.ipynb #7aa23329
+def slopes(
+    parameters: Parameters,
+    layers: list[Layer],
+    A: list[np.ndarray],  # from `activations`
+    Y: np.ndarray,        # labels, (1, m)
+) -> list[tuple[np.ndarray, np.ndarray]]: # (dW, db) per layer
+    "Derivatives of the cost by all weights and biases."
+    dA, result = cost_gradient(A[-1], Y), []
+    for l in range(len(layers), 0, -1):
+        dZ, dW, db = backward(dA, A[l], A[l - 1], parameters.activation(l))
+        result.insert(0, (dW, db))
+        if l > 1: dA = input_gradient(layers[l - 1][0], dZ)
+    return result
+
 def gradients(
     parameters: Parameters,
     layers: list[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
     Y: np.ndarray,  # labels, (1, m)
 ) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]: # cost, and (dW, db) per layer
-    "Cost of a mini-batch and its derivatives by all weights and biases."
+    "Cost of a mini-batch, and its derivatives."
     A = activations(parameters, layers, X)
-    dA, result = cost_gradient(A[-1], Y), []
-    for l in range(len(layers), 0, -1):
-        dZ, dW, db = backward(dA, A[l], A[l - 1], parameters.activation(l))
-        result.insert(0, (dW, db))
-        if l > 1: dA = input_gradient(layers[l - 1][0], dZ)
-    return cost(A[-1], Y), result
+    return cost(A[-1], Y), slopes(parameters, layers, A, Y)
 
 # %% ../../nbs/maths/04_network.ipynb #8709ed0e
 def _sgd(p, g, rate, optimizer, t): return (p - rate * g,)
