@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Function', 'Direction', 'ALL', 'Message', 'Plan', 'blocks', 'epoch_messages', 'layer_messages', 'trainer_messages',
-           'after_layer', 'after_epoch', 'invocations_per_epoch', 'hop_budget']
+           'after_layer', 'after_epoch', 'missing', 'invocations_per_epoch', 'hop_budget']
 
 # %% ../../nbs/cloud/01_messages.ipynb #ee53588b
 from math import ceil
@@ -45,7 +45,7 @@ class Message(Struct, frozen=True, omit_defaults=True):
         "Names the invocation: derived, not drawn, so a duplicate has the same."
         return f"{self.run}/{self.epoch}/{self.batch}/{self.step}"
 
-# %% ../../nbs/cloud/01_messages.ipynb #78fd3f67
+# %% ../../nbs/cloud/01_messages.ipynb #8ec67850
 class Plan(Struct, frozen=True):
     "All that a handler must know about a run."
     run: str
@@ -58,6 +58,11 @@ class Plan(Struct, frozen=True):
     classes: tuple[str, str]
     etag: str            # of the datasets.h5
     started: str         # date and time, UTC
+
+    @property
+    def name(self) -> str:
+        "The run without the number of its resumption: where its files are."
+        return self.run.split("~")[0]
 
     @property
     def batches(self) -> int:
@@ -125,6 +130,22 @@ def after_epoch(
 ) -> Message:
     "What is sent when the last mini-batch of an epoch has finished."
     return Message("LaunchLambda", "next", message.run, message.epoch, source=message.source, hop=message.hop + 1)
+
+# %% ../../nbs/cloud/01_messages.ipynb #bc43d62d
+def missing(
+    plan: Plan,
+    start: Message,      # that began the mini-batch, from `epoch_messages`
+    finished: set[str],  # steps of this mini-batch that are finished
+) -> list[Message]: # empty if all are
+    "The messages that a mini-batch waits for."
+    message = start
+    while message.step in finished:
+        asked = trainer_messages(plan, message)
+        if not asked: return []
+        waiting = [m for m in asked if m.step not in finished]
+        if waiting: return waiting
+        message = after_layer(asked[0])
+    return [message]
 
 # %% ../../nbs/cloud/01_messages.ipynb #be605d99
 def invocations_per_epoch(plan: Plan) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Status', 'Runs']
 
-# %% ../../nbs/cloud/03_runs.ipynb #9b045cca
+# %% ../../nbs/cloud/03_runs.ipynb #0fffc5a0
 import time
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from .messages import ALL, Plan
-from .store import Incomplete, Outbox, tag
+from .store import Incomplete, Outbox, key, tag
 
 # %% ../../nbs/cloud/03_runs.ipynb #1e5824f8
 class Status(Struct, omit_defaults=False):
@@ -28,7 +28,7 @@ class Status(Struct, omit_defaults=False):
     best_validation: float | None = None  # the lowest so far
     best_epoch: int = -1                  # that had it
 
-# %% ../../nbs/cloud/03_runs.ipynb #f48079b2
+# %% ../../nbs/cloud/03_runs.ipynb #d5ee7aa1
 class Runs:
     "The records of all runs on one parameter server."
     def __init__(self,
@@ -83,6 +83,36 @@ class Runs:
     def refused(self) -> dict[str, str]:
         "Uploads that started no run, by their ETag, and why."
         return {name.decode(): reason.decode() for name, reason in self.client.hgetall("snn:refused").items()}
+
+    def count(self, run: str, what: str, number: int = 1) -> None:
+        "Add to what is counted for a run, as `mended` messages."
+        self.store.later("HINCRBY", f"{tag(run)}:run", what, number)
+
+    def counted(self, run: str, what: str) -> int:
+        "What was counted for a run."
+        return int(self.store.now("HGET", f"{tag(run)}:run", what) or 0)
+
+    def still_for(self, run: str, progress: int) -> float:
+        "Seconds since `progress`, any number that grows as the run does, was last seen to change."
+        seen, since = self.client.hmget(f"{tag(run)}:run", "progress", "since")
+        if seen is not None and int(seen) == progress: return time.time() - float(since)
+        self.client.hset(f"{tag(run)}:run", mapping={"progress": progress, "since": time.time()})
+        return 0.0
+
+    def finished_steps(self, run: str, batch: int, epoch: int) -> set[str]:
+        "Steps of a mini-batch, or of the epoch, that are finished."
+        fields = self.store.now("HKEYS", key(run, batch, epoch))
+        return {field.decode().removeprefix("finished:") for field in fields if field.startswith(b"finished:")}
+
+    def knows(self, run: str) -> bool:
+        "Has this server a record of the run?"
+        return bool(self.store.now("HEXISTS", f"{tag(run)}:run", "plan"))
+
+    def newest(self, name: str) -> str:
+        "The run of that name, or its newest resumption."
+        number = 0
+        while self.knows(f"{name}~{number + 1}"): number += 1
+        return f"{name}~{number}" if number else name
 
     def names(self) -> list[str]:
         "All runs that this server knows, oldest first."

@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'expected', 'handle',
            'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #7e8a3b4a
+# %% ../../nbs/handlers/02_neuron.ipynb #0146a12d
 import time
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 from ..cloud.messages import Message, Plan, after_layer, blocks
 from ..cloud.services import Services, process_services
 from ..cloud.store import encode
-from .inputs import Diverged, begin, finite_cost, images, labels, layer_weights, leads, weights
+from .inputs import Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, weights
 from ..maths.network import activations, slopes, step
 from ..maths.neuron import backward, forward
 
@@ -102,7 +102,7 @@ def expected(
 
 DIRECTIONS = {"forward": run_forward, "backward": run_backward, "network": run_network}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #48b1e259
+# %% ../../nbs/handlers/02_neuron.ipynb #a76f4aa3
 def handle(
     message: Message,
     services: Services,
@@ -112,7 +112,7 @@ def handle(
     status, arrays = begin(message, services, needs(message))
     if status not in ("open", "finished"): return
     try: values = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
-    except Diverged as error: return services.runs.stop(plan, "failed", str(error))
+    except Diverged as error: return end_early(plan, services, "failed", str(error))
     seconds, following = time.perf_counter() - began, after_layer(message)
     joined = services.store.join(message, expected(plan, message), following, seconds, values)
     if status == "open": services.ledger.finished(message, seconds)

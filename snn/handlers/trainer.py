@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'stack', 'run_forward', 'run_backward', 'run_start', 'needs', 'meet', 'next_messages', 'handle',
            'lambda_handler']
 
-# %% ../../nbs/handlers/03_trainer.ipynb #6ce39b6c
+# %% ../../nbs/handlers/03_trainer.ipynb #149d2ebb
 import time
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 from ..cloud.messages import Message, Plan, after_epoch, blocks, trainer_messages
 from ..cloud.services import Services, process_services
 from ..cloud.store import decode, encode
-from .inputs import Diverged, begin, finite, labels, layer_weights, leads
+from .inputs import Diverged, begin, end_early, finite, labels, layer_weights, leads
 from ..maths.network import cost, cost_gradient
 from ..maths.neuron import input_gradient
 
@@ -108,7 +108,7 @@ def next_messages(
     learn = leads(plan, message, services, float(decode(known["cost"])[0])) if turning else message.learn
     return trainer_messages(plan, message, learn)
 
-# %% ../../nbs/handlers/03_trainer.ipynb #b86e709a
+# %% ../../nbs/handlers/03_trainer.ipynb #c26bc68f
 def handle(
     message: Message,
     services: Services,
@@ -118,7 +118,7 @@ def handle(
     status, arrays = begin(message, services, needs(plan, message))
     if status != "open": return
     try: values = DIRECTIONS[message.direction](plan, message, services, arrays)
-    except Diverged as error: return services.runs.stop(plan, "failed", str(error))
+    except Diverged as error: return end_early(plan, services, "failed", str(error))
     services.store.put(message, values)
     seconds = time.perf_counter() - began
     services.bus.send(next_messages(plan, message, services, arrays | values, seconds))

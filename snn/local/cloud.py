@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['BUCKET', 'INBOX', 'create_bucket', 'LocalCloud']
 
-# %% ../../nbs/local/03_cloud.ipynb #78f7807d
+# %% ../../nbs/local/03_cloud.ipynb #62afde1e
 import threading
 from pathlib import Path
 
 import msgspec
+import redis
 from msgspec import Raw
 
 from ..cloud.bucket import Bucket, Upload
 from ..cloud.bus import Envelope
 from ..cloud.ledger import create_tables
 from ..cloud.services import Services
-from .server import parameter_server, start_aws
+from ..handlers.watch import watch
+from .server import answers, parameter_server, start_aws
 from .worker import Workers
 from ..maths.parameters import Parameters
 
@@ -35,7 +37,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #286200cc
+# %% ../../nbs/local/03_cloud.ipynb #7ff53b9a
 class LocalCloud:
     "Everything that AWS would provide, on this machine, for as long as it is not closed."
     def __init__(self,
@@ -50,7 +52,7 @@ class LocalCloud:
     def _open(self, workers: int | None, ledger: str, bucket: str) -> None:
         self.aws, ready = start_aws(); self._opened.append(self.aws)
         self.server = parameter_server(); self._opened.append(self.server)
-        self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_LEDGER": ledger}
+        self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_LEDGER": ledger, "SNN_BUCKET": bucket}
         self.workers = Workers(self.environment, workers); self._opened.append(self.workers)
         self.services, self.bucket_name = Services(self.workers.environment), bucket
         self.aws.wait(ready)
@@ -60,19 +62,36 @@ class LocalCloud:
         arn = self.sqs.get_queue_attributes(QueueUrl=self.inbox, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         create_bucket(self.aws, bucket, arn)
         self.bucket = Bucket(self.aws.client("s3"), bucket)
-        self.carried = Services(self.workers.environment).bus  # of the thread's own
+        self.own = Services(self.workers.environment)  # of the thread that carries
+        self.own._buckets[bucket] = self.bucket
         self.carrier = threading.Thread(target=self._carry, daemon=True)
         self.carrier.start()
 
     def _carry(self) -> None:
-        "Carry upload events from SQS to LaunchLambda, and look after the workers."
+        "Carry upload events from SQS to LaunchLambda, and look after workers, server and runs."
         while not self.closing.is_set():
             found = self.sqs.receive_message(QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10)
-            for message in found.get("Messages", []):
-                self.carried.put(Envelope("LaunchLambda", Raw(message["Body"].encode())))
-                self.carried.store.flush()
-                self.sqs.delete_message(QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"])
-            if not self.closing.is_set(): self.workers.look_after()
+            try:
+                for message in found.get("Messages", []):
+                    self.own.bus.put(Envelope("LaunchLambda", Raw(message["Body"].encode())))
+                    self.own.store.flush()
+                    self.sqs.delete_message(QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"])
+                if not self.closing.is_set(): self._look_after()
+            except (redis.ConnectionError, redis.TimeoutError): self._restart_server()
+
+    def _look_after(self) -> None:
+        "What the watchdog's schedule does on AWS. A parameter server without our mark has been started anew, and has forgotten all runs."
+        self.workers.look_after()
+        forgotten = not self.own.store.client.set("snn:alive", 1, nx=True) is None
+        watch(self.own, self.bucket_name if forgotten else "")
+
+    def _restart_server(self) -> None:
+        "Start the parameter server again where it was."
+        if self.closing.is_set() or answers(self.server.url)(): return
+        self._opened.remove(self.server)
+        self.server.close()
+        self.server = parameter_server(self.server.folder)
+        self._opened.append(self.server)
 
     def upload(self, parameters: Parameters, datasets: Path | str) -> Upload:
         "Put parameters and data where they start a run, as anybody with the AWS command line could."

@@ -91,14 +91,17 @@ def answers(
         except (redis.ConnectionError, redis.TimeoutError): return False
     return ready
 
-# %% ../../nbs/local/01_server.ipynb #588aed92
+# %% ../../nbs/local/01_server.ipynb #320ef6ab
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
 
-def parameter_server() -> Server:
+def parameter_server(
+    folder: str = "",  # that it lived in before, to start it again at the same address
+) -> Server:
     "The parameter server that the environment names, or one of our own."
     url = os.environ.get("SNN_REDIS_URL")
     if url: return Server(url).wait(answers(url), 5)
-    program, folder = find_server_program(), tempfile.mkdtemp(prefix="snn-")
+    program, folder = find_server_program(), folder or tempfile.mkdtemp(prefix="snn-")
+    Path(folder).mkdir(mode=0o700, exist_ok=True)
     path = f"{folder}/server.sock"
     server = Server(f"unix://{path}", [program, "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
                                        "--save", "", "--appendonly", "no", "--dir", folder], folder, KEEP_MEMORY)

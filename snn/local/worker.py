@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIES', 'SETTINGS', 'handlers', 'run_one', 'give_up', 'main', 'cores', 'Workers']
 
-# %% ../../nbs/local/02_worker.ipynb #d751e90d
+# %% ../../nbs/local/02_worker.ipynb #f2046c3d
 import os
 import signal
 import subprocess
@@ -18,6 +18,7 @@ import redis
 from ..cloud.bus import Envelope, Queue
 from ..cloud.messages import Message
 from ..cloud.services import Services, process_services
+from ..handlers.inputs import end_early
 from .server import KEEP_MEMORY
 
 # %% ../../nbs/local/02_worker.ipynb #a7a9eb86
@@ -28,7 +29,7 @@ def handlers() -> dict[str, Callable]:
     from snn.handlers import launch, neuron, trainer
     return {"LaunchLambda": launch.lambda_handler, "TrainerLambda": trainer.lambda_handler, "NeuronLambda": neuron.lambda_handler}
 
-# %% ../../nbs/local/02_worker.ipynb #bcdf5dc5
+# %% ../../nbs/local/02_worker.ipynb #6e667537
 def run_one(
     envelope: Envelope,
     functions: dict[str, Callable],
@@ -47,12 +48,15 @@ def give_up(
     reason: str,
     services: Services,
 ) -> None:
-    "Put a message aside; the run it belongs to can't go on and is stopped with the reason."
+    "Put a message aside; a run that it belongs to can't go on and is ended with the reason."
     services.bus.bury(envelope, reason)
     event = msgspec.json.decode(envelope.event)
     if "run" not in event: return services.runs.refuse(envelope.function, reason)
     message = msgspec.convert(event, Message)
-    services.runs.stop(services.runs.plan(message.run), "failed", f"{message.id} failed {TRIES} times: {reason}")
+    if not services.runs.knows(message.run): return  # a message of a run that the parameter server has lost
+    plan = services.runs.plan(message.run)
+    if services.runs.status(message.run).state == "running":
+        end_early(plan, services, "failed", f"{message.id} failed {TRIES} times: {reason}")
 
 # %% ../../nbs/local/02_worker.ipynb #243b97e0
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1", **KEEP_MEMORY}

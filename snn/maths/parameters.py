@@ -44,7 +44,7 @@ class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: Positive = 1e-8     # used by adam, keeps the quotient finite
     l2: NotNegative = 0.0        # weight decay: l2 * W is added to dW
 
-# %% ../../nbs/maths/01_parameters.ipynb #d330f43c
+# %% ../../nbs/maths/01_parameters.ipynb #13fb93fe
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     "All that a training run is told, apart from its data."
     epochs: Whole                            # passes over the data at most
@@ -63,6 +63,7 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     validation_fraction: Fraction = 0.0      # of the training images, held back
     patience: Count = 0                      # epochs without a better validation cost; 0 is off
     notify_every: Count = 0                  # epochs between two mails; 0 is off
+    stall_after: Positive = 20.0             # seconds without progress until the watchdog looks
 
     @property
     def sizes(self) -> list[int]:
@@ -145,21 +146,29 @@ def from_dict(
     _check_layers(parameters)
     return parameters
 
-# %% ../../nbs/maths/01_parameters.ipynb #0e4a8f3f
+# %% ../../nbs/maths/01_parameters.ipynb #2b53324b
 def _refuse_constant(text: str) -> None:
     raise InputError(f"holds {text}, which is not a number that JSON or a network can use")
 
-# %% ../../nbs/maths/01_parameters.ipynb #cdee4e14
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict:
+    "An object of JSON, unless a key is in it twice."
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1: raise InputError(f"has the key {key} twice; one of the two must go")
+    return dict(pairs)
+
+# %% ../../nbs/maths/01_parameters.ipynb #aef22477
 def parse(
     text: str | bytes,             # JSON
     where: str="parameters.json",  # begins each error message
 ) -> Parameters:
     "Parameters from JSON text; raises `InputError`."
-    try: return from_dict(json.loads(text, parse_constant=_refuse_constant))
+    try: return from_dict(json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice))
     except InputError as error: raise InputError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError: raise InputError(f"{where}: not a text file in UTF-8") from None
+    except (RecursionError, ValueError): raise InputError(f"{where}: a number is too long, or objects are nested too deeply") from None
 
 # %% ../../nbs/maths/01_parameters.ipynb #420e30b6
 def read(
