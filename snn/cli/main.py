@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['app', 'options', 'main']
 
-# %% ../../nbs/cli/99_main.ipynb #045749f8
+# %% ../../nbs/cli/99_main.ipynb #1344f79b
 import sys
 
 import typer
 
 from .. import __version__
-from . import data, model, train
-from .console import err, stop_cleanly
+from . import bench, data, model, runs, train
+from .console import Stopped, err, stop_cleanly
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cli/99_main.ipynb #ca6bc4ab
+# %% ../../nbs/cli/99_main.ipynb #46fe8160
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="A neural network whose neurons are Lambda functions.")
 app.command()(train.train)
 app.command()(train.local)
 app.command()(model.predict)
 app.command()(model.evaluate)
+for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench): app.command()(command)
 app.add_typer(data.app, name="data")
 
 # %% ../../nbs/cli/99_main.ipynb #f4513b37
@@ -34,14 +35,15 @@ def options(
 ) -> None:
     "A neural network whose neurons are Lambda functions."
 
-# %% ../../nbs/cli/99_main.ipynb #095733fd
+# %% ../../nbs/cli/99_main.ipynb #e738fe60
 def main() -> None:
     "Run a command; errors of the user's become one sentence."
     stop_cleanly()
     try: app()
     except InputError as error: _end(str(error), 2)
-    except KeyboardInterrupt: _end("Stopped. Nothing is left running.", 130)
+    except Stopped as stop: _end("Stopped. Nothing is left running.", stop.code)
     except RuntimeError as error: _end(str(error), 1)
+    except OSError as error: _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)  # as when the disk is full
 
 def _end(sentence: str, code: int) -> None:
     err.print(sentence, style="red" if code < 100 else None, markup=False)

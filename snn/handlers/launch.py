@@ -188,7 +188,7 @@ def trained_model(
     else: layers = network_at(plan, status.epoch + 1, status.source, services)
     return model.Model(plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size)
 
-# %% ../../nbs/handlers/06_launch.ipynb #289db2d3
+# %% ../../nbs/handlers/06_launch.ipynb #e28358ff
 def model_file(
     trained: model.Model,
 ) -> bytes:
@@ -207,7 +207,7 @@ def leave_results(
     counts = {name: count._asdict() for name, count in services.ledger.counts(plan).items()}
     text = msgspec.json.format(msgspec.json.encode(results(plan, [*services.runs.costs(plan.run)[:status.epoch], status.cost])))
     trained = model_file(trained_model(plan, status, services))
-    record = {"run": plan.name, "reason": status.reason, "epochs": status.epoch + 1, "cost": status.cost, "plan": plan, "invocations": counts}
+    record = {"run": plan.name, "reason": status.reason, "epochs": status.epoch + 1, "cost": status.cost, "ended": time.time(), "plan": plan, "invocations": counts}
     bucket.put(f"{folder}/run.json", msgspec.json.format(msgspec.json.encode(record)))
     bucket.put(f"{folder}/params.h5", trained)
     bucket.put(f"{folder}/results.json", text)

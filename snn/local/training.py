@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'cache_folder', 'drawn_datasets', 'Progress', 'watch', 'copy_down', 'copy_up', 'Outcome', 'fetch',
-           'plot_costs', 'train', 'resume']
+           'plot_costs', 'train', 'cut_short', 'resume']
 
-# %% ../../nbs/local/04_training.ipynb #8b8bcc51
+# %% ../../nbs/local/04_training.ipynb #c6f1c2cd
 import hashlib
 import json
 import os
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import redis
 
 from ..cloud.bucket import Bucket
@@ -164,7 +165,7 @@ def _keep_checkpoints(out: Path, plan: Plan) -> None:
         (out / UNFINISHED / "training_checkpoints" / plan.name).rename(out / "checkpoints")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
-# %% ../../nbs/local/04_training.ipynb #04a38765
+# %% ../../nbs/local/04_training.ipynb #4362377d
 UNFINISHED = "unfinished"
 
 def train(
@@ -185,17 +186,23 @@ def train(
         plan = watch(cloud, name, report, out / UNFINISHED)
         return _finish(cloud, plan, out, Path(datasets), began)
 
+def cut_short(
+    out: Path,  # folder of a training
+) -> Plan:
+    "The plan of the run that was cut short in `out`; raises `InputError` if there is none."
+    plans = sorted((out / UNFINISHED).glob("training_checkpoints/*/plan.json"))
+    if not plans: raise InputError(f"{out}: no run was cut short here, or it had not begun yet; start one with snn train --out {out}")
+    return msgspec.json.decode(plans[-1].read_bytes(), type=Plan)
+
 def resume(
     out: Path,                                            # folder of a run that was cut short
     report: Callable[[Progress], None]=lambda progress: None,
     workers: int | None=None,                             # as many as there are processors
 ) -> Outcome:
     "Take up the run that was cut short in `out`; raises `InputError` if there is none."
-    mirror = out / UNFINISHED
-    plans = sorted(mirror.glob("training_checkpoints/*/plan.json"))
-    if not plans: raise InputError(f"{out}: no run was cut short here, or it had not begun yet; start one with snn train --out {out}")
+    mirror, name = out / UNFINISHED, cut_short(out).name
     with LocalCloud(workers) as cloud:
-        began, name = time.monotonic(), plans[-1].parent.name
+        began = time.monotonic()
         copy_up(cloud.bucket, mirror)
         checkpoint.resume(name, cloud.bucket, cloud.services)
         plan = watch(cloud, name, report, mirror)

@@ -1,0 +1,181 @@
+"""What several tests use: parameters, data sets of a few pixels, a cloud, and the `snn` command."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before NumPy computes anything, and inherited by all that the tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# The tests bring their own servers and settings.
+for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"): os.environ.pop(name, None)
+
+import h5py
+import msgspec
+
+from snn.cloud.bucket import Upload
+from snn.handlers.launch import run_id
+from snn.local.cloud import LocalCloud
+from snn.maths import data
+from snn.maths.parameters import Parameters, from_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data" / "datasets.h5"  # photographs that are not ours to publish
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def until():
+    "Waits for something to become true, but not for ever."
+    def wait(condition, what: str, seconds: float = 60):
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            if time.monotonic() > deadline: pytest.fail(f"after {seconds:g} s still not so: {what}")
+            time.sleep(.02)
+        return value
+    return wait
+
+
+@pytest.fixture(scope="session")
+def parameters():
+    "Makes parameters: the original's network and rule, with changes."
+    def make(sizes=(20, 7, 5, 1), hidden="relu", **changes) -> Parameters:
+        layers = [f"layer{l}" for l in range(1, len(sizes) + 1)]
+        kinds = [*[hidden] * (len(sizes) - 1), "sigmoid"]
+        values = dict(epochs=2, layers=len(sizes), neurons=dict(zip(layers, sizes)), activations=dict(zip(layers, kinds)),
+                      learning_rate=.0075, batch_size=64, threshold=0)
+        return from_dict({**values, **changes})
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_datasets():
+    "Makes data sets of noise in which the cats are a little brighter."
+    def make(size=8, train=167, test=42, seed=0) -> data.Datasets:
+        rng = np.random.default_rng(seed)
+        labels = [np.arange(m) % 3 // 2 for m in (train, test)]
+        images = [np.clip(rng.normal(110 + 40 * y[:, None, None, None], 50, (len(y), size, size, 3)), 0, 255).astype(np.uint8) for y in labels]
+        return data.Datasets(images[0], labels[0], images[1], labels[1])
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_data(small_datasets, tmp_path_factory) -> Path:
+    "A datasets.h5 of 167 and 42 images of 8x8 pixels."
+    path = tmp_path_factory.mktemp("small") / "datasets.h5"
+    data.write(small_datasets(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def drawn_data() -> Path:
+    "The data set that the project draws."
+    from snn.local.training import drawn_datasets
+    return drawn_datasets()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    "Photographs, where a developer has them."
+    if not REAL.is_file(): pytest.skip("no photographs at ../shared/data/datasets.h5")
+    return REAL
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    "A cloud on this machine, for all tests of a file."
+    with LocalCloud() as opened: yield opened
+
+
+@pytest.fixture(scope="session")
+def start_run():
+    "Puts parameters and data into a folder of training_input/, as anybody could; returns the run that must follow."
+    def start(cloud: LocalCloud, folder: str, chosen: Parameters, datasets: Path) -> str:
+        cloud.bucket.put(f"training_input/{folder}/parameters.json", msgspec.json.encode(chosen))
+        key = f"training_input/{folder}/datasets.h5"
+        answer = cloud.bucket.client.put_object(Bucket=cloud.bucket_name, Key=key, Body=datasets.read_bytes())
+        return run_id(Upload(cloud.bucket_name, key, answer["ETag"].strip('"')), chosen)
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(until):
+    "Waits for the end of a run; returns its plan."
+    def wait(cloud: LocalCloud, run: str, seconds: float = 120):
+        runs, bus = cloud.services.runs, cloud.services.bus
+        ended = lambda: run in runs.names() and runs.status(run).state != "running"
+        until(lambda: ended() or bus.dead(), f"run {run} has ended", seconds)
+        status = runs.status(run)
+        assert status.state == "finished", f"{status}, put aside: {bus.dead()}"
+        return runs.plan(run)
+    return wait
+
+
+@pytest.fixture(scope="session")
+def weights():
+    "Reads a params.h5, from a path or from its bytes, into {name: array}."
+    def read(source) -> dict[str, np.ndarray]:
+        with h5py.File(BytesIO(source) if isinstance(source, bytes) else source, "r") as file:
+            return {name: file[name][()] for name in sorted(file)}
+    return read
+
+
+@pytest.fixture(scope="session")
+def weights_of(weights):
+    "Reads the weights that a run has left in the bucket."
+    return lambda cloud, run: weights(cloud.bucket.get(f"training_results/{run}/params.h5"))
+
+
+@pytest.fixture
+def snn(capfd, monkeypatch):
+    "Runs the snn command in this process; returns exit code, standard output and standard error."
+    from snn.cli.main import main
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["snn", *map(str, arguments)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        capfd.readouterr()
+        try: main(); code = 0
+        except SystemExit as end: code = end.code or 0
+        finally:
+            for number, handler in handlers.items(): signal.signal(number, handler)
+        return code, *capfd.readouterr()
+    return call
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    "Starts the snn command as a process in a session of its own, which Ctrl-C reaches even where the shell has it ignored."
+    def start(*arguments, **options) -> subprocess.Popen:
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) | options
+        return subprocess.Popen([sys.executable, "-c", "from snn.cli.main import main; main()", *map(str, arguments)], **options)
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_snn(spawn):
+    "Runs the snn command as a process; returns exit code, standard output and standard error."
+    def run(*arguments, **options) -> tuple[int, str, str]:
+        with spawn(*arguments, **options) as process: said = process.communicate(timeout=120)
+        return process.returncode, *said
+    return run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", action="store_true", help="run all fault schedules, not only a slice of them")
+
+
+@pytest.fixture(scope="session")
+def all_faults(request) -> bool:
+    "Were all fault schedules asked for?"
+    return request.config.getoption("--faults")

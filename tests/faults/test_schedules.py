@@ -1,0 +1,69 @@
+"""Whatever goes wrong, by a seeded schedule, a run ends with the bytes that it would have had."""
+from functools import lru_cache
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+
+from snn.local.faults import KINDS, SMALL, Schedule, run_in_lab, same, small_datasets
+from snn.local.server import parameter_server
+from snn.maths import parameters as parameters_file
+from snn.maths.parameters import from_dict
+
+
+@pytest.fixture(scope="module")
+def server():
+    with parameter_server() as started: yield started
+
+
+@lru_cache(maxsize=32)
+def in_peace(url: str, granularity: str, aggregation: str):
+    "The run that nothing happened to."
+    return run_in_lab(Schedule(0, ()), url, small(granularity, aggregation), small_datasets())
+
+
+def small(granularity: str, aggregation: str):
+    return from_dict({**SMALL, "granularity": granularity, "aggregation": aggregation})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_fault_is_really_injected_and_survived(server, kind):
+    peace = in_peace(server.url, "neuron", "best")
+    result = run_in_lab(Schedule(1, (kind,), .3), server.url, small("neuron", "best"), small_datasets())
+    assert result.injected[kind] > 0
+    assert same(result.layers, peace.layers)
+
+
+def check(url: str, granularity: str, aggregation: str, schedule: Schedule) -> None:
+    result = run_in_lab(schedule, url, small(granularity, aggregation), small_datasets())
+    assert same(result.layers, in_peace(url, granularity, aggregation).layers), schedule
+
+
+@pytest.mark.timeout(3600)
+def test_any_schedule_of_faults_ends_with_the_same_bytes(server, all_faults):
+    @settings(max_examples=200 if all_faults else 24, deadline=None, database=None, derandomize=True,
+              suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
+    @given(st.sampled_from(["neuron", "layer", "network"]), st.sampled_from(["best", "mean"]),
+           st.builds(Schedule, st.integers(0, 10**6), st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple), st.floats(.01, .15)))
+    def survives(granularity, aggregation, schedule): check(server.url, granularity, aggregation, schedule)
+    survives()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_the_default_network_survives_on_photographs(server, all_faults, real_data, root, granularity):
+    epochs, seeds = (30, range(5)) if all_faults else (3, range(1))
+    chosen = msgspec.structs.replace(parameters_file.read(root / "parameters.json"), granularity=granularity, epochs=epochs, checkpoint_every=10, threshold=0.)
+    datasets = real_data.read_bytes()
+    peace = run_in_lab(Schedule(0, ()), server.url, chosen, datasets)
+    for seed in seeds:
+        assert same(run_in_lab(Schedule(seed, KINDS, .02), server.url, chosen, datasets).layers, peace.layers), seed
+
+
+def test_a_fifth_of_all_events_duplicated_costs_less_than_a_third_more_invocations(server):
+    peace = in_peace(server.url, "neuron", "best")
+    result = run_in_lab(Schedule(3, ("duplicate",), .2), server.url, small("neuron", "best"), small_datasets())
+    assert result.injected["duplicate"] > .1 * peace.invocations
+    assert result.invocations <= 1.3 * peace.invocations
+    assert same(result.layers, peace.layers)
