@@ -57,7 +57,7 @@ def time_run(
     last = msgspec.json.decode(cloud.bucket.get(f"training_results/{name}/run.json"))["ended"]
     return (last - first.updated) / (status.epoch - first.epoch)
 
-# %% ../../nbs/local/09_bench.ipynb #ea0c91c1
+# %% ../../nbs/local/09_bench.ipynb #6f0dc549
 def time_sklearn(
     parameters: Parameters,
     datasets: data.Datasets,
@@ -67,9 +67,9 @@ def time_sklearn(
     X, epochs = data.standardise(datasets.train_x), parameters.epochs
     peer = MLPClassifier(tuple(parameters.sizes[:-1]), solver="sgd", momentum=0, alpha=0, batch_size=parameters.batch_size,
                          learning_rate_init=parameters.learning_rate, random_state=0)
-    peer.partial_fit(X, datasets.train_y, [0, 1])
+    peer.partial_fit(X, datasets.train_y, classes=[0, 1])
     began = time.perf_counter()
-    for _ in range(epochs): peer.partial_fit(X, datasets.train_y)
+    for _ in range(epochs): peer.partial_fit(X, datasets.train_y, classes=[0, 1])
     return (time.perf_counter() - began) / epochs
 
 # %% ../../nbs/local/09_bench.ipynb #9abb7df6
