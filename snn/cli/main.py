@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['app', 'options', 'main']
 
-# %% ../../nbs/cli/99_main.ipynb #1344f79b
+# %% ../../nbs/cli/99_main.ipynb #c380947a
 import sys
 
 import typer
 
 from .. import __version__
-from . import bench, data, model, runs, train
+from . import bench, data, model, runs, serve, train
 from .console import Stopped, err, stop_cleanly
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cli/99_main.ipynb #46fe8160
+# %% ../../nbs/cli/99_main.ipynb #cb1a279f
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="A neural network whose neurons are Lambda functions.")
 app.command()(train.train)
 app.command()(train.local)
 app.command()(model.predict)
 app.command()(model.evaluate)
+app.command()(serve.serve)
 for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench): app.command()(command)
 app.add_typer(data.app, name="data")
 
