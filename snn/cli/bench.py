@@ -15,7 +15,7 @@ from typer import Option
 from .console import err, out, print_json
 from ..maths.parameters import read
 
-# %% ../../nbs/cli/06_bench.ipynb #67ac7a68
+# %% ../../nbs/cli/06_bench.ipynb #435f9513
 def bench(
     data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
     parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
@@ -28,7 +28,7 @@ def bench(
     "Time an epoch at each granularity, in turns with plain NumPy and, where installed, scikit-learn and PyTorch."
     from snn.local import bench as benchmark, training
     if quick: epochs, repetitions = 20, 2
-    timings = benchmark.bench(read(parameters), data or training.drawn_datasets(), epochs, repetitions, workers=workers, say=err.print)
+    timings = benchmark.bench(read(parameters), data or training.drawn_datasets(), epochs, repetitions, workers=workers, say=lambda line: err.print(line, markup=False))
     if json: return print_json([timing._asdict() for timing in timings])
     table = Table("", "ms per epoch", "fastest", "slowest", "ratio to NumPy", "invocations per epoch", box=None)
     for t in timings:

@@ -5,8 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'options', 'main']
 
-# %% ../../nbs/cli/99_main.ipynb #c380947a
+# %% ../../nbs/cli/99_main.ipynb #cfa64bc4
+import os
 import sys
+
+# The workers are the parallelism; NumPy's threads would only take their processors. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import typer
 

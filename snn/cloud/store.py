@@ -6,9 +6,11 @@
 __all__ = ['MASTER', 'BEST', 'NAMES', 'FENCE', 'OPEN', 'JOIN', 'PUT', 'FINISH', 'BID', 'encode', 'decode', 'tag', 'key',
            'connect', 'Outbox', 'Opened', 'Joined', 'Incomplete', 'Store']
 
-# %% ../../nbs/cloud/02_store.ipynb #c37da449
+# %% ../../nbs/cloud/02_store.ipynb #08538453
 import json
 import os
+import threading
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -17,25 +19,35 @@ import redis
 
 from .messages import ALL, Message
 
-# %% ../../nbs/cloud/02_store.ipynb #9d66a622
+# %% ../../nbs/cloud/02_store.ipynb #0ef7ed53
+@lru_cache(maxsize=256)
+def _head(kinds: tuple) -> bytes:
+    "What stands before arrays of these types and shapes."
+    head = json.dumps(kinds).encode()
+    return head + b" " * (-(len(head) + 1) % 64) + b"\n"
+
 def encode(
     *arrays: np.ndarray,
 ) -> bytes:
     "Arrays as one string of bytes that says what it holds."
-    head = json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode()
-    head += b" " * (-(len(head) + 1) % 64) + b"\n"
+    head = _head(tuple((a.dtype.str, a.shape) for a in arrays))
     return b"".join([head, *(np.ascontiguousarray(a).data for a in arrays)])
 
-# %% ../../nbs/cloud/02_store.ipynb #c0933454
+# %% ../../nbs/cloud/02_store.ipynb #55d7bba5
+@lru_cache(maxsize=256)
+def _kinds(head: bytes) -> list[tuple[np.dtype, tuple[int, ...], int]]:
+    "Type, shape and number of values of each array that follows; numbers only."
+    kinds = [(np.dtype(kind), tuple(shape), int(np.prod(shape))) for kind, shape in json.loads(head)]
+    for dtype, _, _ in kinds:
+        if dtype.kind not in "fiu": raise ValueError(f"an array of {dtype} is not stored")
+    return kinds
+
 def decode(
     value: bytes,  # from `encode`
 ) -> tuple[np.ndarray, ...]: # read-only views into `value`
-    "The arrays in a string of bytes; numbers only."
-    start = value.index(b"\n") + 1
-    arrays = []
-    for kind, shape in json.loads(value[:start]):
-        dtype, count = np.dtype(kind), int(np.prod(shape))
-        if dtype.kind not in "fiu": raise ValueError(f"an array of {dtype} is not stored")
+    "The arrays in a string of bytes."
+    start, arrays = value.index(b"\n") + 1, []
+    for dtype, shape, count in _kinds(value[:start]):
         arrays.append(np.frombuffer(value, dtype, count, start).reshape(shape))
         start += count * dtype.itemsize
     return tuple(arrays)
@@ -125,21 +137,21 @@ redis.call('EXPIRE', KEYS[1], ARGV[4])
 return {'open', 1}
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #299c6634
+# %% ../../nbs/cloud/02_store.ipynb #83d0be35
 def connect(
     url: str,  # redis://, rediss:// or unix://
 ) -> redis.Redis:
-    "A client with a bounded pool of connections."
+    "A client with a bounded pool of connections, speaking RESP3."
     given = {name: os.environ.get(f"SNN_REDIS_{name.upper()}") for name in ("user", "password")}
     options = {"username": given["user"], "password": given["password"]}
-    return redis.Redis.from_url(url, max_connections=8, **{k: v for k, v in options.items() if v})
+    return redis.Redis.from_url(url, max_connections=8, protocol=3, **{k: v for k, v in options.items() if v})
 
-# %% ../../nbs/cloud/02_store.ipynb #8b93f271
+# %% ../../nbs/cloud/02_store.ipynb #d16ec982
 class Outbox:
     "Commands to the server; those that need no answer travel with the next one that does."
     def __init__(self, client: redis.Redis):
-        self.client, self.waiting = client, []
-        self.shas = {}
+        self.client, self.waiting, self.shas = client, [], {}
+        self.connection, self.lock = None, threading.Lock()
 
     def script(self, text: str) -> str:
         "Register a script; returns what EVALSHA calls it."
@@ -160,10 +172,25 @@ class Outbox:
             return self._send(commands)
 
     def _send(self, commands: list[tuple]):
-        if len(commands) == 1: return self.client.execute_command(*commands[0])
-        pipeline = self.client.pipeline(transaction=False)
-        for command in commands: pipeline.execute_command(*command)
-        return pipeline.execute()[-1]
+        "Send commands over the one connection that is kept; after a broken connection, once again over a new one."
+        with self.lock:
+            if self.connection is None: self.connection = self.client.connection_pool.get_connection()
+            try: answers = self._exchange(commands)
+            except redis.ConnectionError: answers = self._exchange(commands)
+        for answer in answers:
+            if isinstance(answer, Exception): raise answer
+        return answers[-1]
+
+    def _exchange(self, commands: list[tuple]) -> list:
+        "All commands in one go, then all answers; an answer may be an error."
+        connection, answers = self.connection, []
+        try:
+            connection.send_packed_command(connection.pack_commands(commands))
+            for _ in commands:
+                try: answers.append(connection.read_response())
+                except redis.ResponseError as error: answers.append(error)
+        except BaseException: connection.disconnect(); raise  # half an exchange must not be taken for the next
+        return answers
 
     def flush(self) -> None:
         "Send all that wait."

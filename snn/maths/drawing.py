@@ -45,8 +45,8 @@ def vary(
     "A colour near this one: a little lighter or darker, a little warmer or colder."
     return tuple(int(value) for value in np.clip(rng.normal(0, 7) + rng.normal(0, 4.5, 3) + colour, 0, 255))
 
-# %% ../../nbs/maths/05_drawing.ipynb #e6c5fc5f
-FURS = [(52, 47, 50), (122, 120, 124), (228, 218, 204), (212, 128, 62), (128, 90, 62), (196, 162, 118), (108, 114, 126)]
+# %% ../../nbs/maths/05_drawing.ipynb #61db4ae9
+FURS = [(68, 61, 62), (122, 120, 124), (218, 206, 188), (212, 128, 62), (128, 90, 62), (196, 162, 118), (108, 114, 126)]
 IRISES = [(150, 200, 70), (235, 190, 50), (110, 185, 225), (220, 140, 40), (90, 190, 140)]
 PAINTS = [(196, 60, 52), (60, 100, 180), (235, 190, 60), (70, 140, 80), (236, 232, 222), (150, 90, 160), (230, 130, 60), (90, 90, 100)]
 WALLS = [(206, 190, 160), (150, 175, 190), (190, 150, 140), (140, 160, 130), (110, 110, 125), (222, 216, 206), (96, 80, 72), (170, 160, 185)]
@@ -158,7 +158,7 @@ def wallpaper(pen: Pen, rng: np.random.Generator) -> None:
 
 BACKGROUNDS = [studio, garden, room, meadow, wallpaper]
 
-# %% ../../nbs/maths/05_drawing.ipynb #580db5ed
+# %% ../../nbs/maths/05_drawing.ipynb #41c91b7f
 @dataclass(frozen=True)
 class Coat:
     "What a cat looks like, in whatever pose."
@@ -182,12 +182,12 @@ def draw_coat(
 ) -> Coat:
     "A coat for a new cat."
     pattern, fur, iris, lids = pick(rng, PATTERNS), vary(rng, pick(rng, FURS)), pick(rng, IRISES), pick(rng, LIDS)
-    if pattern == "siamese": return Coat(vary(rng, (214, 194, 164)), (84, 66, 58), (118, 92, 80), iris, pattern, lids)
+    if pattern == "siamese": return Coat(vary(rng, (214, 194, 164)), (120, 94, 80), (158, 130, 112), iris, pattern, lids)
     if pattern == "patches": return Coat(fur, vary(rng, pick(rng, FURS)), (236, 228, 216), iris, pattern, lids)
     if pattern == "tuxedo": return Coat(fur, shade(fur, .6), (236, 228, 216), iris, pattern, lids)
     return Coat(fur, shade(fur, .6), shade(fur, 1.25), iris, pattern, lids)
 
-# %% ../../nbs/maths/05_drawing.ipynb #b9276c92
+# %% ../../nbs/maths/05_drawing.ipynb #85eb5956
 def cat_ears(pen: Pen, coat: Coat) -> None:
     "Two triangles each."
     for side in (-1, 1):
@@ -197,7 +197,7 @@ def cat_ears(pen: Pen, coat: Coat) -> None:
 def cat_markings(pen: Pen, coat: Coat) -> None:
     "Stripes on forehead and cheeks, a patch over one eye, a dark mask, or a white blaze."
     if coat.pattern == "patches": pen.ellipse(.28, -.14, .28, .3, coat.mark)
-    if coat.pattern == "siamese": pen.ellipse(0, .1, .42, .36, coat.mark)
+    if coat.pattern == "siamese": pen.ellipse(0, .1, .34, .3, coat.mark)
     if coat.pattern == "tuxedo": pen.polygon([(0, -.4), (.2, .3), (-.2, .3)], coat.light)
     if coat.pattern != "tabby": return
     for x in (-.18, 0, .18): pen.polygon([(x - .05, -.5), (x + .05, -.5), (x * .7, -.22)], coat.mark)
@@ -241,19 +241,19 @@ def cat_head(pen: Pen, coat: Coat) -> None:
     cat_muzzle(pen, coat)
     cat_whiskers(pen, coat)
 
-# %% ../../nbs/maths/05_drawing.ipynb #a9e4bae1
+# %% ../../nbs/maths/05_drawing.ipynb #9af316d2
 def body_markings(pen: Pen, coat: Coat, xs: tuple, top: float, bottom: float) -> None:
-    "A tabby's stripes at each x, or one patch at the last."
-    if coat.pattern == "patches": pen.ellipse(xs[-1], (top + bottom) / 2, .16, .14, coat.mark)
+    "A tabby's stripes at each x, or one patch in the midst."
+    if coat.pattern == "patches": pen.ellipse(xs[len(xs) // 2], (top + bottom) / 2, .16, .14, coat.mark)
     if coat.pattern != "tabby": return
     for x in xs: pen.polygon([(x - .04, top), (x + .04, top), (x * .95, bottom)], coat.mark)
 
 def cat_portrait(pen: Pen, rng: np.random.Generator) -> None:
     "Head and shoulders."
     coat = draw_coat(rng)
-    pen.ball(0, 1.1, .75, .62, shade(coat.fur, .85))
+    pen.ball(0, 1.06, .75, .68, shade(coat.fur, .85))
     pen.ellipse(0, .95, .3, .4, coat.light)
-    cat_head(pen.at(0, -.04, .97, rng.normal(0, .1)), coat)
+    cat_head(pen.at(0, -.08, .95, rng.normal(0, .08)), coat)
 
 def cat_sitting(pen: Pen, rng: np.random.Generator) -> None:
     "Upright, the tail to one side."
@@ -265,7 +265,7 @@ def cat_sitting(pen: Pen, rng: np.random.Generator) -> None:
     for side in (-1, 1):
         pen.ellipse(side * .16, .68, .12, .28, shade(coat.fur, 1.05))
         pen.ellipse(side * .17, .9, .15, .08, shade(coat.points, .95))
-    cat_head(pen.at(0, -.14, .88, rng.normal(0, .08)), coat)
+    cat_head(pen.at(0, -.12, .91, rng.normal(0, .07)), coat)
 
 def cat_lying(pen: Pen, rng: np.random.Generator) -> None:
     "Like a loaf, the tail around it."
@@ -274,7 +274,7 @@ def cat_lying(pen: Pen, rng: np.random.Generator) -> None:
     pen.ball(.25, .42, .7, .36, coat.fur)
     body_markings(pen, coat, (.45, .65, .8), .1, .4)
     for x in (-.3, 0): pen.ellipse(x, .74, .2, .09, shade(coat.points, .95))
-    cat_head(pen.at(-.06, -.06, .9, rng.normal(0, .08)), coat)
+    cat_head(pen.at(-.02, -.08, .92, rng.normal(0, .07)), coat)
 
 def cat_walking(pen: Pen, rng: np.random.Generator) -> None:
     "From the side, tail up, the face towards us."
@@ -284,7 +284,7 @@ def cat_walking(pen: Pen, rng: np.random.Generator) -> None:
         pen.limb((x, .4), (x + .02, .6), (x - .05, .9), shade(coat.points, light), (.11, .08), steps=6)
     pen.ball(.2, .28, .62, .3, coat.fur)
     body_markings(pen, coat, (.2, .4, .6), .02, .3)
-    cat_head(pen.at(-.06, -.1, .88, rng.normal(0, .08)), coat)
+    cat_head(pen.at(-.03, -.1, .91, rng.normal(0, .07)), coat)
 
 CATS = [(cat_portrait, 6), (cat_sitting, 2), (cat_lying, 1), (cat_walking, 1)]  # and how often each
 
@@ -479,7 +479,7 @@ def beach_ball(pen: Pen, rng: np.random.Generator) -> None:
 
 OTHERS = [(draw, 1) for draw in (dog, rabbit, owl, bird, fish, elephant, house, tower, car, boat, tree, fir, flower, mountains, cup, beach_ball)]
 
-# %% ../../nbs/maths/05_drawing.ipynb #18584f13
+# %% ../../nbs/maths/05_drawing.ipynb #4bf5ee49
 Subject = Callable[[Pen, np.random.Generator], None]  # draws something with a pen
 
 def choose(
@@ -495,9 +495,9 @@ def pose(
     rng: np.random.Generator,
 ) -> Pen: # a little moved, turned, scaled, and perhaps mirrored
     "A pen for the subject."
-    return pen.at(*rng.normal(0, .035, 2), rng.normal(.95, .035), rng.normal(0, .06), pick(rng, [-1, 1]))
+    return pen.at(*rng.normal(0, .028, 2), rng.normal(.95, .03), rng.normal(0, .05), pick(rng, [-1, 1]))
 
-# %% ../../nbs/maths/05_drawing.ipynb #56abe9e1
+# %% ../../nbs/maths/05_drawing.ipynb #00e26fad
 def light(
     rng: np.random.Generator,
     size: int,  # edge in pixels
@@ -505,7 +505,7 @@ def light(
     "How bright each pixel is lit: from a random side, in a random colour, the corners least."
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
     angle = rng.uniform(0, 2 * np.pi)
-    brightness = rng.normal(1, .07) + .12 * (x * np.cos(angle) + y * np.sin(angle))
+    brightness = rng.normal(1.05, .06) + .12 * (x * np.cos(angle) + y * np.sin(angle))
     return (brightness * (1 - .18 * (x * x + y * y)))[..., None] * rng.normal(1, .03, 3)
 
 def photograph(
@@ -518,7 +518,7 @@ def photograph(
     pixels = np.asarray(scene.resize((size, size), Image.Resampling.LANCZOS).filter(blur)) * light(rng, size)
     return np.clip(pixels + rng.normal(0, 4, (size, size, 1)), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/maths/05_drawing.ipynb #4d79c913
+# %% ../../nbs/maths/05_drawing.ipynb #f12976c2
 SUPERSAMPLING = 4  # pixels drawn for each that is kept, along an edge
 
 def draw_subject(
@@ -529,7 +529,7 @@ def draw_subject(
     "A picture of this subject, before some background."
     pen = Pen(Image.new("RGB", (SUPERSAMPLING * size, SUPERSAMPLING * size)))
     pick(rng, BACKGROUNDS)(pen, rng)
-    pen.image.paste(pen.image.point(lambda value: value * .8))
+    pen.image.paste(pen.image.point(lambda value: value * .75))
     subject(pose(pen, rng), rng)
     return photograph(pen.image, rng, size)
 
@@ -553,18 +553,18 @@ def draw_images(
     images = [draw_image(label == 1, rng, size) for label, rng in zip(labels, generators)]
     return np.array(images, np.uint8).reshape(-1, size, size, 3)
 
-# %% ../../nbs/maths/05_drawing.ipynb #b2cab4a9
+# %% ../../nbs/maths/05_drawing.ipynb #b5fc3f49
 def draw_labels(
     m: int,              # pictures
     cat_fraction: float, # how many of them are cats, 0 to 1
 ) -> np.ndarray: # (m,) int64, 1 for a cat
     "Cats spread evenly among the others."
     if not 0 <= cat_fraction <= 1: raise InputError(f"cat_fraction is {cat_fraction}; it must lie between 0 and 1")
-    cats_so_far = np.floor(np.arange(m + 1) * cat_fraction + 1e-9)
+    cats_so_far = np.floor(np.arange(m + 1) * cat_fraction + .5)
     return np.diff(cats_so_far).astype(np.int64)
 
-# %% ../../nbs/maths/05_drawing.ipynb #f4ce9a5b
-TRAIN, TEST = 0, 1  # the parts of a data set
+# %% ../../nbs/maths/05_drawing.ipynb #8be99aee
+TRAIN, TEST = 0, 2  # the parts of a data set; part 1 is fifty easy pictures, see below
 
 def draw_datasets(
     n_train: int=209,        # pictures to learn from
