@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Out', 'Size', 'facts', 'draw', 'pack', 'info']
 
-# %% ../../nbs/cli/04_data.ipynb #941445f2
+# %% ../../nbs/cli/04_data.ipynb #756aaa4e
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from .console import out, print_json
 from ..maths.data import Datasets, read, write
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cli/04_data.ipynb #11b4a147
+# %% ../../nbs/cli/04_data.ipynb #c74ec05a
 app = typer.Typer(no_args_is_help=True, help="Draw, pack and look into data sets.")
 Out = Annotated[Path, Option("--out", help="Where to write the datasets.h5.")]
 Size = Annotated[int, Option(min=8, max=1024, help="Edge of an image in pixels.")]
@@ -25,6 +26,7 @@ def _check_folder(path: Path) -> None:
     "Raise an `InputError` unless a file can be written at `path`."
     if not path.parent.is_dir(): raise InputError(f"{path.parent}: no such folder; make it first, or give another --out")
     if path.is_dir(): raise InputError(f"{path}: is a folder; --out names a file")
+    if not os.access(path.parent, os.W_OK): raise InputError(f"{path.parent}: you may not write here; give another --out")
 
 # %% ../../nbs/cli/04_data.ipynb #9e6641bc
 def facts(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['chosen_parameters', 'summary', 'train', 'what_next', 'local', 'news']
 
-# %% ../../nbs/cli/02_train.ipynb #5dbde9b9
+# %% ../../nbs/cli/02_train.ipynb #38e5e790
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Optional
@@ -48,7 +49,14 @@ def summary(
              *(f"  {name:15} {outcome.files[name]}" for name in ("results.json", "params.h5", "cost.png"))]
     return "\n".join(lines)
 
-# %% ../../nbs/cli/02_train.ipynb #c6f566a1
+# %% ../../nbs/cli/02_train.ipynb #46b3a7df
+def _check_folder(folder: Path) -> None:
+    "Raise an `InputError` unless files can be left in `folder`: better now than after the training."
+    exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not exists.is_dir(): raise InputError(f"{exists}: is a file; --out needs a folder")
+    if not os.access(exists, os.W_OK): raise InputError(f"{exists}: you may not write here; give another --out")
+
+# %% ../../nbs/cli/02_train.ipynb #a1e6f2f5
 def train(
     data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
     parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
@@ -65,7 +73,7 @@ def train(
     from snn.local import training
     from snn.maths.data import read as read_datasets
     chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
-    if out_folder.exists() and not out_folder.is_dir(): raise InputError(f"{out_folder}: is a file; --out needs a folder")
+    _check_folder(out_folder)
     if data is None:
         if not quiet: err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()

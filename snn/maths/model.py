@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'write', 'read', 'wilson_interval', 'Evaluation', 'evaluate']
 
-# %% ../../nbs/maths/07_model.ipynb #b9feaa67
+# %% ../../nbs/maths/07_model.ipynb #41ab7d37
 from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from .data import standardise
+from .data import standardise, written_whole
 from .network import activations, cost
 from .parameters import InputError, Parameters, parse
 
@@ -33,21 +33,30 @@ class Model(NamedTuple):
             raise InputError(f"the model takes images of {self.size}x{self.size}x3, but these are {'x'.join(map(str, images.shape[1:]))}")
         return activations(self.parameters, self.layers, standardise(images).T)[-1][0]
 
-# %% ../../nbs/maths/07_model.ipynb #2a1cd319
+# %% ../../nbs/maths/07_model.ipynb #653ee3b3
 def write(
     model: Model,
     path: str | Path,  # where to; written whole or not at all
 ) -> None:
     "Write a `params.h5`."
     import h5py
-    partial = Path(f"{path}.partial")
-    with h5py.File(partial, "w") as file:
+    with written_whole(path) as partial, h5py.File(partial, "w") as file:
         for l, (W, b, *_) in enumerate(model.layers, start=1):
             file[f"W{l}"], file[f"b{l}"] = W.astype(np.float64), b.astype(np.float64)
         file.attrs["parameters"] = msgspec.json.encode(model.parameters).decode()
         file.attrs["classes"] = list(model.classes)
         file.attrs["image_size"] = model.size
-    partial.replace(path)
+
+# %% ../../nbs/maths/07_model.ipynb #58bfbc30
+def _check_numbers(model: Model) -> Model:
+    "Raise an `InputError` unless all weights are finite numbers, the image has pixels, and there are two classes."
+    for l, arrays in enumerate(model.layers, start=1):
+        for name, array in zip("Wb", arrays):
+            if array.dtype.kind != "f": raise InputError(f"{name}{l} is {array.dtype}; it must be float64")
+            if not np.isfinite(array).all(): raise InputError(f"{name}{l} holds a value that is infinite or not a number")
+    if model.size < 1: raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
+    if len(model.classes) != 2: raise InputError(f"classes holds {len(model.classes)} names; it must be two")
+    return model
 
 # %% ../../nbs/maths/07_model.ipynb #c31bd44d
 def _check_shapes(model: Model) -> Model:
@@ -59,7 +68,7 @@ def _check_shapes(model: Model) -> Model:
                              f"model's parameters ask for {(widths[l], widths[l - 1])} and {(widths[l], 1)}")
     return model
 
-# %% ../../nbs/maths/07_model.ipynb #c6b4e23c
+# %% ../../nbs/maths/07_model.ipynb #a1667ef5
 def read(
     path: str | Path,  # of a params.h5
 ) -> Model:
@@ -75,9 +84,9 @@ def read(
             if missing: raise InputError(f"has no {missing[0]}, but its parameters name {parameters.layers} layers")
             layers = [(file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, parameters.layers + 1)]
             model = Model(parameters, layers, tuple(map(str, file.attrs["classes"])), int(file.attrs["image_size"]))
-        return _check_shapes(model)
+        return _check_numbers(_check_shapes(model))
     except InputError as error: raise InputError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError): raise InputError(f"{path}: not a model file, or a damaged one") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError): raise InputError(f"{path}: not a model file, or a damaged one") from None
 
 # %% ../../nbs/maths/07_model.ipynb #8a296b4e
 def wilson_interval(
