@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'options', 'main']
 
-# %% ../../nbs/cli/99_main.ipynb #cfa64bc4
+# %% ../../nbs/cli/99_main.ipynb #487885df
 import os
 import sys
 
@@ -15,11 +15,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import typer
 
 from .. import __version__
-from . import bench, data, model, runs, serve, train
+from . import bench, data, model, runs, serve, stories, train
 from .console import Stopped, err, stop_cleanly
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cli/99_main.ipynb #cb1a279f
+# %% ../../nbs/cli/99_main.ipynb #25f0447d
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="A neural network whose neurons are Lambda functions.")
 app.command()(train.train)
@@ -27,6 +27,8 @@ app.command()(train.local)
 app.command()(model.predict)
 app.command()(model.evaluate)
 app.command()(serve.serve)
+app.command()(stories.pipeline)
+app.command()(stories.replay)
 for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench): app.command()(command)
 app.add_typer(data.app, name="data")
 
