@@ -6,7 +6,7 @@
 __all__ = ['MASTER', 'BEST', 'NAMES', 'FENCE', 'OPEN', 'JOIN', 'PUT', 'FINISH', 'BID', 'encode', 'decode', 'tag', 'key',
            'connect', 'Outbox', 'Opened', 'Joined', 'Incomplete', 'Store']
 
-# %% ../../nbs/cloud/02_store.ipynb #08538453
+# %% ../../nbs/cloud/02_store.ipynb #d1dff94a
 import json
 import os
 import threading
@@ -18,6 +18,7 @@ import numpy as np
 import redis
 
 from .messages import ALL, Message
+from ..maths.parameters import InputError
 
 # %% ../../nbs/cloud/02_store.ipynb #0ef7ed53
 @lru_cache(maxsize=256)
@@ -137,14 +138,15 @@ redis.call('EXPIRE', KEYS[1], ARGV[4])
 return {'open', 1}
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #83d0be35
+# %% ../../nbs/cloud/02_store.ipynb #91536c4e
 def connect(
     url: str,  # redis://, rediss:// or unix://
 ) -> redis.Redis:
     "A client with a bounded pool of connections, speaking RESP3."
     given = {name: os.environ.get(f"SNN_REDIS_{name.upper()}") for name in ("user", "password")}
     options = {"username": given["user"], "password": given["password"]}
-    return redis.Redis.from_url(url, max_connections=8, protocol=3, **{k: v for k, v in options.items() if v})
+    try: return redis.Redis.from_url(url, max_connections=8, protocol=3, **{k: v for k, v in options.items() if v})
+    except ValueError: raise InputError("the address of the parameter server must begin with redis://, rediss:// or unix://") from None
 
 # %% ../../nbs/cloud/02_store.ipynb #d16ec982
 class Outbox:

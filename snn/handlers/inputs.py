@@ -6,7 +6,7 @@
 __all__ = ['memory', 'recall', 'pack_images', 'training_data', 'indices', 'images', 'labels', 'weights', 'layer_weights',
            'network_at', 'end_early', 'Runaway', 'check_hops', 'begin', 'Diverged', 'finite', 'finite_cost', 'leads']
 
-# %% ../../nbs/handlers/01_inputs.ipynb #a58add1c
+# %% ../../nbs/handlers/01_inputs.ipynb #af78e247
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Message, Plan, blocks, hop_budget
+from ..cloud.messages import ALL, Message, Plan, blocks, hop_budget
 from ..cloud.services import Services
 from ..cloud.store import Incomplete, decode, encode
 from ..maths.data import mini_batches, standardise
@@ -181,7 +181,7 @@ def begin(
         known[message.batch, name] = decode(value)[0]
     return status, {name: known[message.batch, name] for name in names}
 
-# %% ../../nbs/handlers/01_inputs.ipynb #ab3004c1
+# %% ../../nbs/handlers/01_inputs.ipynb #cc9e241e
 class Diverged(ArithmeticError):
     "The numbers of a run are no longer finite; the text says where."
 
@@ -193,7 +193,8 @@ def finite(
 ) -> np.ndarray: # the same
     "Raise `Diverged` unless all values are finite."
     if np.isfinite(values).all(): return values
-    raise Diverged(f"epoch {message.epoch}, mini-batch {message.batch}, layer {layer}: a value is infinite or not a number; "
+    where = f"mini-batch {message.batch}, " if message.batch != ALL else ""
+    raise Diverged(f"epoch {message.epoch}, {where}layer {layer}: a value is infinite or not a number; "
                    f"a learning rate below {plan.parameters.learning_rate:g} may help")
 
 def finite_cost(

@@ -7,7 +7,7 @@ __all__ = ['NAME', 'FOLLOW', 'run_id', 'read_datasets', 'make_plan', 'start', 'h
            'validate', 'why_end', 'results', 'trained_model', 'model_file', 'leave_results', 'go_on', 'handle',
            'mail_if_due', 'end', 'handle_upload', 'lambda_handler']
 
-# %% ../../nbs/handlers/06_launch.ipynb #28eb80bd
+# %% ../../nbs/handlers/06_launch.ipynb #48b6b128
 import hashlib
 import tempfile
 import time
@@ -23,7 +23,7 @@ from ..cloud.runs import Status
 from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
 from . import checkpoint, watch
-from .inputs import begin, layer_weights, network_at, pack_images, training_data
+from .inputs import Diverged, begin, end_early, finite, layer_weights, network_at, pack_images, training_data
 from ..maths import data, model
 from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, rows, step
 from ..maths.parameters import InputError, Parameters, parse
@@ -167,7 +167,7 @@ def why_end(
     if status.epoch + 1 >= parameters.epochs: return f"all {parameters.epochs} epochs are done"
     return ""
 
-# %% ../../nbs/handlers/06_launch.ipynb #f1ed4d55
+# %% ../../nbs/handlers/06_launch.ipynb #cbe25d5b
 def results(
     plan: Plan,
     costs: list[float],
@@ -181,11 +181,13 @@ def trained_model(
     status: Status,
     services: Services,
 ) -> model.Model:
-    "The network that the run ends with: the newest, or with patience the one of the best epoch."
+    "The network that the run ends with: the newest, or with patience the one of the best epoch; raises `Diverged` if it is not finite."
     if plan.parameters.patience and status.best_validation is not None:
         values = services.store.read(plan.run, BEST, 0, [f"w{l}/0" for l in range(1, plan.parameters.layers + 1)])
         layers = [decode(value) for value in values]
     else: layers = network_at(plan, status.epoch + 1, status.source, services)
+    for l, arrays in enumerate(layers, start=1):
+        for array in arrays: finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
     return model.Model(plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size)
 
 # %% ../../nbs/handlers/06_launch.ipynb #e28358ff
@@ -229,7 +231,7 @@ def go_on(
     status.reason = why_end(plan, status)
     return status
 
-# %% ../../nbs/handlers/06_launch.ipynb #0009dbd9
+# %% ../../nbs/handlers/06_launch.ipynb #66162057
 def handle(
     message: Message,
     services: Services,
@@ -239,7 +241,9 @@ def handle(
     status, arrays = begin(message, services, [f"cost/{batch}" for batch in range(plan.batches)])
     if status != "open": return
     status = go_on(plan, message, services, arrays)
-    if status.reason: end(plan, status, services)
+    if status.reason:
+        try: end(plan, status, services)
+        except Diverged as error: return end_early(plan, services, "failed", str(error))
     else:
         checkpoint.save_if_due(plan, status, services)
         mail_if_due(plan, status, services)

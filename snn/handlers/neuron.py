@@ -102,7 +102,7 @@ def expected(
 
 DIRECTIONS = {"forward": run_forward, "backward": run_backward, "network": run_network}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #a76f4aa3
+# %% ../../nbs/handlers/02_neuron.ipynb #aae9c8e0
 def handle(
     message: Message,
     services: Services,
@@ -111,7 +111,9 @@ def handle(
     began, plan = time.perf_counter(), services.runs.plan(message.run)
     status, arrays = begin(message, services, needs(message))
     if status not in ("open", "finished"): return
-    try: values = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is reported by `finite`, with its place
+            values = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
     except Diverged as error: return end_early(plan, services, "failed", str(error))
     seconds, following = time.perf_counter() - began, after_layer(message)
     joined = services.store.join(message, expected(plan, message), following, seconds, values)

@@ -108,7 +108,7 @@ def next_messages(
     learn = leads(plan, message, services, float(decode(known["cost"])[0])) if turning else message.learn
     return trainer_messages(plan, message, learn)
 
-# %% ../../nbs/handlers/03_trainer.ipynb #c26bc68f
+# %% ../../nbs/handlers/03_trainer.ipynb #e9daea8f
 def handle(
     message: Message,
     services: Services,
@@ -117,7 +117,9 @@ def handle(
     began, plan = time.perf_counter(), services.runs.plan(message.run)
     status, arrays = begin(message, services, needs(plan, message))
     if status != "open": return
-    try: values = DIRECTIONS[message.direction](plan, message, services, arrays)
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is reported by `finite`, with its place
+            values = DIRECTIONS[message.direction](plan, message, services, arrays)
     except Diverged as error: return end_early(plan, services, "failed", str(error))
     services.store.put(message, values)
     seconds = time.perf_counter() - began

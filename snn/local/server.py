@@ -6,7 +6,7 @@
 __all__ = ['WATCHMAN', 'KEEP_MEMORY', 'ACCOUNT', 'Server', 'find_server_program', 'answers', 'parameter_server', 'Aws',
            'start_aws', 'local_aws']
 
-# %% ../../nbs/local/01_server.ipynb #9b5c2d75
+# %% ../../nbs/local/01_server.ipynb #2f1594b5
 import os
 import platform
 import shutil
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..maths.parameters import InputError
 
@@ -122,26 +123,29 @@ class Aws(Server):
         account = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"} if self.watchman else {}
         return boto3.client(service, endpoint_url=self.url, **account)
 
-# %% ../../nbs/local/01_server.ipynb #8d656c31
+# %% ../../nbs/local/01_server.ipynb #aa7403cc
 def _free_port() -> int:
     "A port that nobody uses at the moment."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-def _listens(port: int) -> Callable[[], bool]:
-    "A test whether somebody listens on a port of this machine."
+def _listens(url: str) -> Callable[[], bool]:
+    "A test whether somebody listens at an address."
+    parts = urlsplit(url)
     def ready() -> bool:
-        with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
+        try: socket.create_connection((parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), 2).close()
+        except (OSError, TypeError, ValueError): return False
+        return True
     return ready
 
-# %% ../../nbs/local/01_server.ipynb #2c46ebab
+# %% ../../nbs/local/01_server.ipynb #fc8a93bd
 def start_aws() -> tuple[Aws, Callable[[], bool]]: # the AWS, and a test whether it is ready
     "The AWS that the environment names, or a MiniStack; started, but not waited for."
-    if url := os.environ.get("AWS_ENDPOINT_URL"): return Aws(url), lambda: True
+    if url := os.environ.get("AWS_ENDPOINT_URL"): return Aws(url).wait(_listens(url), 3), lambda: True
     port, folder = _free_port(), tempfile.mkdtemp(prefix="snn-")
     settings = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "LOG_LEVEL": "WARNING", "TMPDIR": folder, "MINISTACK_HOST": "127.0.0.1"}
-    return Aws(f"http://127.0.0.1:{port}", [sys.executable, "-m", "ministack"], folder, settings), _listens(port)
+    return Aws(f"http://127.0.0.1:{port}", [sys.executable, "-m", "ministack"], folder, settings), _listens(f"http://127.0.0.1:{port}")
 
 def local_aws() -> Aws:
     "The AWS that the environment names, or a MiniStack of our own, ready."
