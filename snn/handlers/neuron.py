@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'expected', 'handle',
            'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #0146a12d
+# %% ../../nbs/handlers/02_neuron.ipynb #5b1895c5
 import time
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 from ..cloud.messages import Message, Plan, after_layer, blocks
 from ..cloud.services import Services, process_services
 from ..cloud.store import encode
-from .inputs import Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, weights
+from .inputs import Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, remember, weights
 from ..maths.network import activations, slopes, step
 from ..maths.neuron import backward, forward
 
@@ -40,7 +40,7 @@ def run_forward(
     A = forward(W, b, previous(plan, message, services, arrays), plan.parameters.activation(message.layer))
     return {f"a{message.layer}/{message.first}": encode(A)}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #f552edf4
+# %% ../../nbs/handlers/02_neuron.ipynb #1dbc1050
 def after_step(
     plan: Plan,
     message: Message,
@@ -52,7 +52,9 @@ def after_step(
 ) -> dict[str, bytes]:
     "What a block leaves for the next epoch: its weights after the step, or its gradient."
     if plan.parameters.aggregation == "mean": return {f"g{layer}/{first}": encode(dW, db)}
-    return {f"w{layer}/{first}": encode(*step(plan.parameters, old, dW, db, message.epoch))}
+    after = step(plan.parameters, old, dW, db, message.epoch)
+    remember(message, layer, first, after)
+    return {f"w{layer}/{first}": encode(*after)}
 
 def run_backward(
     plan: Plan,
