@@ -1,0 +1,164 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from templates import PSEUDO, all_templates, allowed, render, statements  # noqa: E402
+
+from snn.deploy.stack import infra_folder  # noqa: E402
+
+TEMPLATES = all_templates()
+GIVEN = {"StackName": "Cats", "BucketName": "cats", "CacheSecret": "arn:secret", "Topic": "arn:topic"}
+BUCKET, HERE = "arn:aws-cn:s3:::cats", "here-1:111111111111"
+FUNCTION = "arn:aws-cn:lambda:here-1:111111111111:function:Cats-{}Lambda"
+TABLE = "arn:aws-cn:dynamodb:here-1:111111111111:table/Cats-{}"
+
+
+def test_cfn_lint_finds_nothing():
+    done = subprocess.run([sys.executable, "-c", "import sys; from cfnlint.runner import main; sys.exit(main())", *map(str, infra_folder().glob("*.yaml"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("checkov"), reason="checkov is not on the PATH; it pins too much to share an environment with: pipx install checkov")
+def test_checkov_finds_nothing_unexplained(tmp_path):
+    done = subprocess.run(["checkov", "-d", str(infra_folder()), "--framework", "cloudformation", "-o", "json"], capture_output=True, text=True)
+    results = json.loads(done.stdout)["results"]
+    assert [(c["check_id"], c["resource"]) for c in results["failed_checks"]] == []
+    used = {(c["resource"].split(".")[-1], c["check_id"]) for c in results["skipped_checks"]}
+    said = {(name, skip["id"]) for template in TEMPLATES.values() for name, resource in template["Resources"].items()
+            for skip in resource.get("Metadata", {}).get("checkov", {}).get("skip", [])}
+    assert said == used  # no skip without a finding
+
+
+def test_every_skip_has_its_reason():
+    for name, template in TEMPLATES.items():
+        for resource in template["Resources"].values():
+            for skip in resource.get("Metadata", {}).get("checkov", {}).get("skip", []): assert len(skip["comment"]) > 15, (name, skip)
+
+
+def test_no_account_region_or_partition_is_written_down():
+    for path in infra_folder().glob("*.yaml"):
+        text = path.read_text()
+        for wrong in (r"\b\d{12}\b", r"\b(us|eu|ap|sa|ca|me|af|il|mx|cn)-[a-z]+-\d\b", r"arn:aws\b", r"amazonaws\.com/"):
+            assert not re.search(wrong, text), (path.name, wrong)
+
+
+# Who may do what. The context is what IAM would know besides: the prefix that is listed, or that the call comes from
+# the function's own code.
+CODE = {"lambda__SourceFunctionArn": FUNCTION.format("Launch")}
+POLICIES = [
+    ("Launch", "s3:GetObject", f"{BUCKET}/training_input/datasets.h5", {}, True),
+    ("Launch", "s3:GetObject", f"{BUCKET}/prediction_input/params.h5", {}, False),
+    ("Launch", "s3:PutObject", f"{BUCKET}/training_results/results.json", {}, True),
+    ("Launch", "s3:PutObject", f"{BUCKET}/prediction_input/params.h5", {}, True),
+    ("Launch", "s3:PutObject", f"{BUCKET}/training_checkpoints/run/00000003.npz", {}, True),
+    ("Launch", "s3:PutObject", f"{BUCKET}/training_input/datasets.h5", {}, False),   # else it could start itself for ever
+    ("Launch", "s3:DeleteObject", f"{BUCKET}/training_results/results.json", {}, False),
+    ("Launch", "s3:GetObject", "arn:aws-cn:s3:::others/training_input/datasets.h5", {}, False),
+    ("Launch", "s3:ListBucket", BUCKET, {"s3__prefix": "training_input/parameters.json"}, True),
+    ("Launch", "s3:ListBucket", BUCKET, {"s3__prefix": "training_checkpoints/"}, True),
+    ("Launch", "s3:ListBucket", BUCKET, {}, False),
+    ("Launch", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),
+    ("Launch", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, True),         # the watchdog sends what is missing
+    ("Launch", "lambda:InvokeFunction", "arn:aws-cn:lambda:here-1:111111111111:function:Payroll", {}, False),
+    ("Launch", "lambda:UpdateFunctionCode", FUNCTION.format("Launch"), {}, False),
+    ("Launch", "dynamodb:UpdateItem", TABLE.format("LaunchLambda"), {}, True),
+    ("Launch", "dynamodb:DeleteTable", TABLE.format("LaunchLambda"), {}, False),
+    ("Launch", "sns:Publish", "arn:topic", {}, True),
+    ("Launch", "secretsmanager:GetSecretValue", "arn:secret", {}, True),
+    ("Launch", "secretsmanager:GetSecretValue", "arn:other", {}, False),
+    ("Launch", "sqs:SendMessage", "arn:DeadLetters", {}, True),
+    ("Launch", "logs:PutLogEvents", "arn:LaunchLogs", {}, True),
+    ("Launch", "logs:PutLogEvents", "arn:NeuronLogs", {}, False),
+    ("Launch", "logs:CreateLogGroup", "arn:LaunchLogs", {}, False),                   # it has a retention: nobody makes one without
+    ("Launch", "ec2:CreateNetworkInterface", f"arn:aws-cn:ec2:{HERE}:network-interface/*", {}, True),
+    ("Launch", "ec2:CreateNetworkInterface", f"arn:aws-cn:ec2:{HERE}:network-interface/*", CODE, False),
+    ("Launch", "ec2:RunInstances", f"arn:aws-cn:ec2:{HERE}:instance/*", {}, False),
+    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, True),
+    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, True),
+    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, False),
+    ("Trainer", "dynamodb:UpdateItem", TABLE.format("Costs"), {}, True),
+    ("Trainer", "dynamodb:UpdateItem", TABLE.format("NeuronLambda"), {}, False),
+    ("Trainer", "s3:GetObject", f"{BUCKET}/training_data/run.npz", {}, True),
+    ("Trainer", "s3:PutObject", f"{BUCKET}/training_results/results.json", {}, False),
+    ("Trainer", "s3:PutObject", f"{BUCKET}/training_results/run/stopped.json", {}, True),  # whoever ends a run says why
+    ("Trainer", "sns:Publish", "arn:topic", {}, True),
+    ("Trainer", "sns:Publish", "arn:other", {}, False),
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, False),
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, False),
+    ("Neuron", "dynamodb:UpdateItem", TABLE.format("NeuronLambda"), {}, True),
+    ("Neuron", "dynamodb:UpdateItem", TABLE.format("Costs"), {}, False),
+    ("Neuron", "s3:GetObject", f"{BUCKET}/training_data/run.npz", {}, True),
+    ("Neuron", "s3:GetObject", f"{BUCKET}/training_input/datasets.h5", {}, False),
+    ("Neuron", "xray:PutTraceSegments", "*", {}, False),                              # X-Ray is off
+    ("Watch", "lambda:InvokeFunction", "arn:LaunchFunction", {}, True),
+    ("Watch", "lambda:InvokeFunction", "arn:NeuronFunction", {}, False),
+]
+
+
+@pytest.mark.parametrize("function, action, resource, context, expected", POLICIES)
+def test_who_may_do_what(function, action, resource, context, expected):
+    role = TEMPLATES["functions.yaml"]["Resources"][f"{function}Role"]
+    assert allowed(statements(role, GIVEN, {"Traced": False}), action, resource, **context) is expected
+
+
+def test_tracing_allows_tracing():
+    role = TEMPLATES["functions.yaml"]["Resources"]["NeuronRole"]
+    assert allowed(statements(role, GIVEN, {"Traced": True}), "xray:PutTraceSegments", "*")
+
+
+def test_no_policy_allows_every_action_and_few_every_resource():
+    for template in TEMPLATES.values():
+        for resource in template["Resources"].values():
+            if resource["Type"] != "AWS::IAM::Role": continue
+            for statement in statements(resource, GIVEN, {"Traced": True}):
+                actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+                if statement["Effect"] == "Allow": assert not any("*" in action for action in actions)
+                if statement["Effect"] == "Allow" and statement["Resource"] == "*": assert statement["Sid"] in ("NetworkWithoutResources", "Trace")
+
+
+def test_the_functions_can_go_on_and_on():
+    for name in ("Launch", "Trainer", "Neuron"):
+        function = TEMPLATES["functions.yaml"]["Resources"][f"{name}Function"]["Properties"]
+        events = TEMPLATES["functions.yaml"]["Resources"][f"{name}Events"]["Properties"]
+        assert function["RecursiveLoop"] == "Allow" and function["Runtime"] == "python3.13"
+        assert events["MaximumRetryAttempts"] == 2 and events["DestinationConfig"]["OnFailure"]
+
+
+def test_nothing_secret_is_in_a_functions_environment():
+    for name in ("Launch", "Trainer", "Neuron"):
+        variables = TEMPLATES["functions.yaml"]["Resources"][f"{name}Function"]["Properties"]["Environment"]["Variables"]
+        assert "resolve:" not in json.dumps(variables) and "SNN_REDIS_PASSWORD" not in variables
+
+
+def test_what_a_local_aws_lacks_is_left_out_there():
+    "These and no others: on AWS the conditions are true."
+    left_out = {(name, logical, resource["Type"]) for name, template in TEMPLATES.items() for logical, resource in template["Resources"].items()
+                if resource.get("Condition") in ("OnAws", "WithNotebook")}
+    assert {(name, kind) for name, _, kind in left_out} == {
+        ("observability.yaml", "AWS::Logs::QueryDefinition"), ("observability.yaml", "AWS::CloudWatch::Alarm"), ("main.yaml", "AWS::CloudFormation::Stack")}
+    assert {logical for _, logical, kind in left_out if kind != "AWS::Logs::QueryDefinition"} == {"SpendAlarm", "NotebookInstance"}
+    assert TEMPLATES["main.yaml"]["Parameters"]["Local"]["Default"] == "no"
+    assert TEMPLATES["observability.yaml"]["Conditions"]["OnAws"] == {"Fn::Equals": [{"Ref": "Local"}, "no"]}
+
+
+def test_the_dashboard_is_json():
+    body = TEMPLATES["observability.yaml"]["Resources"]["Dashboard"]["Properties"]["DashboardBody"]
+    widgets = json.loads(render(body, GIVEN, {}))["widgets"]
+    assert [w["properties"]["title"] for w in widgets][0] == "Cost of each epoch" and all(w["properties"]["region"] == PSEUDO["AWS::Region"] for w in widgets)
+
+
+@pytest.mark.parametrize("when", ["OnCreate", "OnStart"])
+def test_the_notebooks_scripts_are_shell(when, tmp_path):
+    script = TEMPLATES["notebook.yaml"]["Resources"]["Lifecycle"]["Properties"][when][0]["Content"]["Fn::Base64"]
+    text = render(script, {**GIVEN, "IdleMinutes": 60}, {})
+    assert len(text) < 16384 * 3 / 4
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    embedded = re.search(r"<<'END'\n(.*?)\nEND\n", text, re.S)
+    if embedded: compile(embedded[1], "stop-when-idle", "exec")

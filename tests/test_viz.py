@@ -1,0 +1,156 @@
+"""Pictures: each is a labelled figure, nothing on it is cut off, and nobody needs to tell red from green."""
+from io import BytesIO
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from snn.maths import model, network
+from snn.viz import answers, learning, neurons, structure, style
+
+
+@pytest.fixture(scope="module")
+def trained(parameters, small_datasets) -> model.Model:
+    "A network of the original's shape after two epochs on images of 8x8 pixels."
+    chosen, data = parameters(), small_datasets()
+    *_, (_, layers) = network.train(chosen, model.standardise(data.train_x), data.train_y)
+    return model.Model(chosen, layers, size=8)
+
+
+@pytest.fixture(scope="module")
+def images(small_datasets) -> np.ndarray:
+    return small_datasets().test_x
+
+
+PICTURES = {
+    "architecture": lambda trained, images: structure.architecture(),
+    "network": lambda trained, images: structure.network(trained.parameters, 192),
+    "network of the original": lambda trained, images: structure.network(trained.parameters, 12288),
+    "one mini-batch": lambda trained, images: structure.data_parallel(1, [3, 1]),
+    "forty mini-batches": lambda trained, images: structure.data_parallel(40, trained.parameters.sizes),
+    "timeline": lambda trained, images: structure.timeline([(0, .01), (0, .5), (.1, .2)], .3, "A race"),
+    "gallery": lambda trained, images: style.gallery(images[:11], ["a picture"] * 11, columns=5, title="Pictures"),
+    "a gallery of one": lambda trained, images: style.gallery(images[:1]),
+    "learned": lambda trained, images: neurons.learned(trained.layers, 8),
+    "learned since the beginning": lambda trained, images: neurons.learned(trained.layers, 8, network.initialise(trained.parameters, 192)),
+    "favourites": lambda trained, images: neurons.favourites(trained, images, 2),
+    "favourites of the last": lambda trained, images: neurons.favourites(trained, images, 4),
+    "firing": lambda trained, images: neurons.firing(trained, images[0], "a picture"),
+    "saliency": lambda trained, images: neurons.saliency_map(trained, images[:3]),
+    "alive": lambda trained, images: neurons.alive(trained, images),
+    "cost": lambda trained, images: learning.cost_curve([.7, .5, .4], .1),
+    "cost of one epoch": lambda trained, images: learning.cost_curve([.7]),
+    "cost far above the threshold": lambda trained, images: learning.cost_curve([.7, .6], 1e-6),
+    "progress": lambda trained, images: learning.progress([.7, .6], 10, "cost 0.6"),
+    "progress before the first epoch": lambda trained, images: learning.progress([], 10),
+    "gradients": lambda trained, images: learning.gradient_norms([[1e-3, 0, 1], [1e-4, 0, 2]]),
+    "weights": lambda trained, images: learning.weights_over_epochs([(-1, trained.layers), (5, trained.layers)], 8),
+    "confusion": lambda trained, images: answers.confusion(((12, 5), (8, 25)), ("non-cat", "cat")),
+    "confusion without cats": lambda trained, images: answers.confusion(((3, 0), (0, 0)), ("non-cat", "cat")),
+    "roc": lambda trained, images: answers.roc(np.array([0, .5, 1]), np.array([0, .8, 1]), .65, (.5, .8)),
+    "sweep": lambda trained, images: answers.threshold_sweep(np.array([0, 1, 1]), np.array([.2, .3, .9])),
+    "sureness": lambda trained, images: answers.sureness(np.array([0, 1, 1]), np.array([.2, .3, .9]), ("non-cat", "cat")),
+    "trust": lambda trained, images: answers.trust(37, 50, .66),
+    "trust in one image": lambda trained, images: answers.trust(1, 1, 1.),
+    "told": lambda trained, images: answers.told(images[:3], np.array([.2, .9, .5]), ("non-cat", "cat"), np.array([0, 0, 1]), "Told"),
+}
+
+
+@pytest.fixture(params=PICTURES)
+def picture(request, trained, images) -> Figure:
+    return PICTURES[request.param](trained, images)
+
+
+def texts(figure: Figure) -> list:
+    "All texts that are drawn."
+    figure.canvas.draw()
+    found = [text for text in [figure._suptitle] if text]
+    for axes in figure.axes:
+        found += [*axes.texts, axes.title, *(axes.get_legend().get_texts() if axes.get_legend() else [])]
+        if not axes.axison: continue
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            found += [axis.label, *(tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)]
+    return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+def test_a_picture_is_a_figure_that_needs_no_screen_and_is_as_wide_as_a_notebook(picture):
+    assert isinstance(picture, Figure) and picture.get_figwidth() <= 8.5
+    from matplotlib import pyplot
+    assert pyplot.get_fignums() == []
+
+
+def test_no_text_is_cut_off(picture):
+    drawn = texts(picture)
+    whole = picture.bbox
+    cut = [text.get_text() for text in drawn if not (-1 <= (box := text.get_window_extent()).x0 and box.x1 <= whole.width + 1 and -1 <= box.y0 and box.y1 <= whole.height + 1)]
+    assert cut == []
+
+
+def test_no_text_is_too_small_to_be_read(picture):
+    assert min([text.get_fontsize() for text in texts(picture)], default=9) >= 7
+
+
+def test_a_picture_is_a_small_png_with_a_description(picture):
+    png, metadata = picture._repr_png_()
+    assert Image.open(BytesIO(png)).width == round(picture.get_figwidth() * 100) and len(png) < 100_000
+    assert metadata["alt"] == picture.description
+    assert picture.description or picture.get_suptitle() == ""
+
+
+def test_curves_say_what_their_axes_are(trained, images):
+    for name in ("cost", "gradients", "roc", "trust", "alive", "timeline"):
+        figure = PICTURES[name](trained, images)
+        assert figure.axes[0].get_xlabel() and figure.axes[0].get_title(), name
+
+
+# How the three kinds of colour blindness see linear RGB (Machado et al., 2009; severity 1).
+BLINDNESS = {
+    "protanopia": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+    "deuteranopia": [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
+    "tritanopia": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]],
+}
+
+
+def seen(colour: str, matrix) -> np.ndarray:
+    "A colour as somebody sees it, in CIE L*a*b*."
+    rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
+    xyz = [[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]] @ np.clip(matrix @ linear, 0, 1) / [.9505, 1, 1.089]
+    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colours_that_are_used_together_can_be_told_apart(kind):
+    together = [style.BLUE, style.ORANGE, style.VERMILLION, style.GREEN, style.INK]
+    for one, other in combinations(together, 2):
+        distance = np.linalg.norm(seen(one, np.array(BLINDNESS[kind])) - seen(other, np.array(BLINDNESS[kind])))
+        assert distance > 10, f"{one} and {other}"
+
+
+def test_a_neuron_that_never_fires_is_flagged(trained, images):
+    layers = [(W.copy(), b.copy()) for W, b, *_ in trained.layers]
+    layers[0][1][5] = -1e6
+    killed = trained._replace(layers=layers)
+    assert (1, 5) in neurons.dead(killed, images)
+    assert "dead" in [text.get_text() for text in neurons.alive(killed, images).axes[0].texts]
+
+
+def test_a_weight_of_zero_is_grey_and_the_largest_is_full():
+    W = np.zeros((2, 12)); W[0, 3], W[0, 4] = .2, -.1
+    shown = neurons.weights_as_images(W, 2)
+    assert shown[0, 0, 1].tolist() == [1, .25, .5] and (shown[1] == .5).all()
+
+
+def test_the_sweep_agrees_with_counting():
+    rng = np.random.default_rng(3)
+    labels, probabilities = rng.integers(0, 2, 40), rng.random(40)
+    found = answers.measures_at(labels, probabilities, [.3, .7])
+    for i, threshold in enumerate((.3, .7)):
+        called = probabilities >= threshold
+        assert found["accuracy"][i] == (called == labels).mean()
+        assert found["sensitivity"][i] == called[labels == 1].mean() and np.isclose(found["specificity"][i], (~called[labels == 0]).mean())
+        assert found["precision"][i] == labels[called].mean()
