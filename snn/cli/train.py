@@ -56,7 +56,7 @@ def _check_folder(folder: Path) -> None:
     if not exists.is_dir(): raise InputError(f"{exists}: is a file; --out needs a folder")
     if not os.access(exists, os.W_OK): raise InputError(f"{exists}: you may not write here; give another --out")
 
-# %% ../../nbs/cli/02_train.ipynb #a1e6f2f5
+# %% ../../nbs/cli/02_train.ipynb #b6c850f1
 def train(
     data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
     parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
@@ -66,6 +66,7 @@ def train(
     aggregation: Annotated[Optional[str], Option(help="Of the mini-batches' gradients: best or mean.")] = None,
     seed: Annotated[Optional[int], Option(help="Of weights and shuffles.")] = None,
     workers: Annotated[Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")] = None,
+    runtime: Annotated[str, Option(help="inline: handlers in our own workers; lambda: the real packages in Lambda's own client.")] = "inline",
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: Annotated[bool, Option("--json", help="The outcome as JSON.")] = False,
 ) -> None:
@@ -74,13 +75,14 @@ def train(
     from snn.maths.data import read as read_datasets
     chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
     _check_folder(out_folder)
+    if runtime not in ("inline", "lambda"): raise InputError(f"--runtime is {runtime}; it may be inline or lambda")
     if data is None:
         if not quiet: err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()
     found = read_datasets(data)
     if not quiet: err.print(f"Training on {len(found.train_x)} images of {found.size}x{found.size} pixels, granularity {chosen.granularity}.")
     with TrainingProgress(chosen.epochs, quiet) as shown:
-        outcome = training.train(chosen, data, out_folder, shown.report, workers)
+        outcome = training.train(chosen, data, out_folder, shown.report, workers, runtime=runtime)
     if json: return print_json(outcome._asdict())
     if quiet: return
     out.print(summary(outcome))

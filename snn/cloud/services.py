@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ACCOUNT', 'Services', 'process_services']
 
-# %% ../../nbs/cloud/07_services.ipynb #0c7f9e58
+# %% ../../nbs/cloud/07_services.ipynb #a7fd0adf
+import json
 import os
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -17,16 +18,17 @@ from .ledger import DynamoLedger, StoreLedger
 from .runs import Runs
 from .store import Store, connect
 
-# %% ../../nbs/cloud/07_services.ipynb #758503c7
+# %% ../../nbs/cloud/07_services.ipynb #acdd97a5
 ACCOUNT = {"AWS_ENDPOINT_URL": "endpoint_url", "AWS_DEFAULT_REGION": "region_name", "AWS_ACCESS_KEY_ID": "aws_access_key_id",
            "AWS_SECRET_ACCESS_KEY": "aws_secret_access_key", "AWS_SESSION_TOKEN": "aws_session_token"}
 
 def _client(service: str, environment: Mapping[str, str]):
     "A boto3 client of the environment's account. Imported here, since a worker that needs none starts faster."
     import boto3
-    return boto3.client(service, **{option: environment[name] for name, option in ACCOUNT.items() if environment.get(name)})
+    from botocore.config import Config
+    return boto3.client(service, config=Config(max_pool_connections=16), **{option: environment[name] for name, option in ACCOUNT.items() if environment.get(name)})
 
-# %% ../../nbs/cloud/07_services.ipynb #b23762ae
+# %% ../../nbs/cloud/07_services.ipynb #3c50c074
 class Services:
     "Store, runs, ledger, bus, buckets and topic of one process; each is made when first used."
     def __init__(self,
@@ -37,7 +39,13 @@ class Services:
 
     @cached_property
     def store(self) -> Store:
-        return Store(connect(self.environment["SNN_REDIS_URL"]))
+        return Store(connect(self.environment["SNN_REDIS_URL"], self._password()))
+
+    def _password(self) -> str | None:
+        "The parameter server's password, from Secrets Manager where the environment names a secret."
+        arn = self.environment.get("SNN_REDIS_SECRET")
+        if not arn: return None
+        return json.loads(_client("secretsmanager", self.environment).get_secret_value(SecretId=arn)["SecretString"])["password"]
 
     @cached_property
     def runs(self) -> Runs: return Runs(self.store)

@@ -138,13 +138,14 @@ redis.call('EXPIRE', KEYS[1], ARGV[4])
 return {'open', 1}
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #91536c4e
+# %% ../../nbs/cloud/02_store.ipynb #e40da163
 def connect(
-    url: str,  # redis://, rediss:// or unix://
+    url: str,                    # redis://, rediss:// or unix://
+    password: str | None=None,   # goes before the environment's
 ) -> redis.Redis:
     "A client with a bounded pool of connections, speaking RESP3."
     given = {name: os.environ.get(f"SNN_REDIS_{name.upper()}") for name in ("user", "password")}
-    options = {"username": given["user"], "password": given["password"]}
+    options = {"username": given["user"], "password": password or given["password"]}
     try: return redis.Redis.from_url(url, max_connections=8, protocol=3, **{k: v for k, v in options.items() if v})
     except ValueError: raise InputError("the address of the parameter server must begin with redis://, rediss:// or unix://") from None
 

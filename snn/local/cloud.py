@@ -37,23 +37,29 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #7ff53b9a
+# %% ../../nbs/local/03_cloud.ipynb #d7ea6257
+def _lambda_workers() -> type:
+    "Workers that run the Lambda packages; imported when wanted, since they build packages."
+    from snn.local.lambda_runtime import LambdaWorkers
+    return LambdaWorkers
+
 class LocalCloud:
     "Everything that AWS would provide, on this machine, for as long as it is not closed."
     def __init__(self,
         workers: int | None=None,  # as many as there are processors
         ledger: str="store",       # or dynamodb
         bucket: str=BUCKET,
+        runtime: str="inline",     # handlers in our own workers; or lambda, the real packages in Lambda's own client
     ):
         self.closing, self._opened = threading.Event(), []
-        try: self._open(workers, ledger, bucket)
+        try: self._open(workers, ledger, bucket, runtime)
         except BaseException: self.close(); raise
 
-    def _open(self, workers: int | None, ledger: str, bucket: str) -> None:
+    def _open(self, workers: int | None, ledger: str, bucket: str, runtime: str) -> None:
         self.aws, ready = start_aws(); self._opened.append(self.aws)
         self.server = parameter_server(); self._opened.append(self.server)
         self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_LEDGER": ledger, "SNN_BUCKET": bucket}
-        self.workers = Workers(self.environment, workers); self._opened.append(self.workers)
+        self.workers = (Workers if runtime == "inline" else _lambda_workers())(self.environment, workers); self._opened.append(self.workers)
         self.services, self.bucket_name = Services(self.workers.environment), bucket
         self.aws.wait(ready)
         if ledger == "dynamodb": create_tables(self.aws.client("dynamodb"))

@@ -160,7 +160,7 @@ def _keep_checkpoints(out: Path, plan: Plan) -> None:
         (out / UNFINISHED / "training_checkpoints" / plan.name).rename(out / "checkpoints")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
-# %% ../../nbs/local/04_training.ipynb #4362377d
+# %% ../../nbs/local/04_training.ipynb #98780157
 UNFINISHED = "unfinished"
 
 def train(
@@ -170,10 +170,11 @@ def train(
     report: Callable[[Progress], None]=lambda progress: None,
     workers: int | None=None,                             # as many as there are processors
     ledger: str="store",                                  # or dynamodb
+    runtime: str="inline",                                # or lambda
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
     data.read(datasets)
-    with LocalCloud(workers, ledger) as cloud:
+    with LocalCloud(workers, ledger, runtime=runtime) as cloud:
         began = time.monotonic()
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         _write_whole(out / UNFINISHED / "datasets.h5", Path(datasets).read_bytes())
