@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TRIES', 'SETTINGS', 'handlers', 'run_one', 'give_up', 'main', 'cores', 'Workers']
 
-# %% ../../nbs/local/02_worker.ipynb #f2046c3d
+# %% ../../nbs/local/02_worker.ipynb #2d41671d
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,20 +57,19 @@ def give_up(
     if services.runs.status(message.run).state == "running":
         end_early(plan, services, "failed", f"{message.id} failed {TRIES} times: {reason}")
 
-# %% ../../nbs/local/02_worker.ipynb #243b97e0
+# %% ../../nbs/local/02_worker.ipynb #3c82cee4
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1", **KEEP_MEMORY}
 
 def main() -> None:
     "Work until told to stop."
     name, parent = sys.argv[1], os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then tells its workers
     services, functions = process_services(), handlers()
     try:
         while os.getppid() == parent:
             for envelope in services.bus.take(name): run_one(envelope, functions, services)
     except redis.ConnectionError: pass  # the server has gone, and so may we
 
-# %% ../../nbs/local/02_worker.ipynb #dc50c108
+# %% ../../nbs/local/02_worker.ipynb #f44d5e14
 def cores() -> int:
     "Processors that this program may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,7 +87,8 @@ class Workers:
 
     def _start(self, name: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-c", "from snn.local.worker import main; main()", name],
-                                env=self.environment, stdin=subprocess.DEVNULL)
+                                env=self.environment, stdin=subprocess.DEVNULL,
+                                process_group=0)  # Ctrl-C is for the parent, which then stops its workers
 
     def look_after(self) -> int: # how many had died
         "Replace workers that have died."
