@@ -6,7 +6,7 @@
 __all__ = ['HANDLERS', 'LIMITS', 'LEFT', 'IMPORT', 'imports', 'our_files', 'wheel_files', 'bytecode', 'compile_ours',
            'compile_theirs', 'write_zip', 'Package', 'build', 'unzip', 'Import', 'cold_import']
 
-# %% ../../nbs/deploy/02_package.ipynb #312db64b
+# %% ../../nbs/deploy/02_package.ipynb #44f5d14b
 import ast
 import hashlib
 import os
@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import snn
-from .wheels import Target, cache_folder, find_python, here, wheels
+from .wheels import Target, find_python, here, wheels
+from ..maths.data import cache_folder
 from ..maths.parameters import InputError
 
 # %% ../../nbs/deploy/02_package.ipynb #847acffc
