@@ -78,15 +78,16 @@ def blocks(
     n = parameters.sizes[layer - 1]
     return [(j, 1) for j in range(n)] if parameters.granularity == "neuron" else [(0, n)]
 
-# %% ../../nbs/cloud/01_messages.ipynb #0cd12c17
+# %% ../../nbs/cloud/01_messages.ipynb #43b50042
 def epoch_messages(
     plan: Plan,
     epoch: int,
     source: str,  # of the weights
     hop: int,
 ) -> list[Message]:
-    "LaunchLambda begins an epoch: one TrainerLambda per mini-batch."
-    return [Message("TrainerLambda", "start", plan.run, epoch, batch, source=source, hop=hop) for batch in range(plan.batches)]
+    "LaunchLambda begins an epoch: one TrainerLambda per mini-batch, or one NeuronLambda that is the whole network."
+    first = ("NeuronLambda", "network") if plan.parameters.granularity == "network" else ("TrainerLambda", "start")
+    return [Message(*first, plan.run, epoch, batch, source=source, hop=hop) for batch in range(plan.batches)]
 
 # %% ../../nbs/cloud/01_messages.ipynb #8e7d7000
 def layer_messages(
@@ -100,33 +101,30 @@ def layer_messages(
     return [Message("NeuronLambda", direction, plan.run, message.epoch, message.batch, layer, first, count, message.source, message.hop + 1, learn)
             for first, count in blocks(plan.parameters, layer)]
 
-# %% ../../nbs/cloud/01_messages.ipynb #7fd67d22
+# %% ../../nbs/cloud/01_messages.ipynb #341f04ec
 def trainer_messages(
     plan: Plan,
-    message: Message,  # to the TrainerLambda
+    message: Message,  # to the TrainerLambda, or to a NeuronLambda that is the whole network
     learn: bool=True,  # is a step of the weights wanted?
 ) -> list[Message]:
     "What a TrainerLambda sends on, after its own work; nothing after the last step of a mini-batch."
     last, layer = plan.parameters.layers, message.layer
-    if message.direction == "start":
-        if plan.parameters.granularity == "network":
-            return [Message("NeuronLambda", "network", plan.run, message.epoch, message.batch, source=message.source, hop=message.hop + 1)]
-        return layer_messages(plan, message, "forward", 1)
+    if message.direction == "start": return layer_messages(plan, message, "forward", 1)
     if message.direction == "forward":
         return layer_messages(plan, message, "forward", layer + 1) if layer < last else layer_messages(plan, message, "backward", last, learn)
     return layer_messages(plan, message, "backward", layer - 1, learn) if layer > 1 else []
 
-# %% ../../nbs/cloud/01_messages.ipynb #8013c952
+# %% ../../nbs/cloud/01_messages.ipynb #92696332
 def after_layer(
     message: Message,  # to any NeuronLambda of the layer
 ) -> Message:
     "What is sent when the last block of a layer has finished."
-    direction, layer = ("backward", 1) if message.direction == "network" else (message.direction, message.layer)
-    return Message("TrainerLambda", direction, message.run, message.epoch, message.batch, layer, source=message.source, hop=message.hop + 1, learn=message.learn)
+    return Message("TrainerLambda", message.direction, message.run, message.epoch, message.batch, message.layer,
+                   source=message.source, hop=message.hop + 1, learn=message.learn)
 
-# %% ../../nbs/cloud/01_messages.ipynb #25a2da59
+# %% ../../nbs/cloud/01_messages.ipynb #b80ce372
 def after_epoch(
-    message: Message,  # to any TrainerLambda of the epoch
+    message: Message,  # that ended any of the epoch's mini-batches
 ) -> Message:
     "What is sent when the last mini-batch of an epoch has finished."
     return Message("LaunchLambda", "next", message.run, message.epoch, source=message.source, hop=message.hop + 1)
@@ -147,11 +145,11 @@ def missing(
         message = after_layer(asked[0])
     return [message]
 
-# %% ../../nbs/cloud/01_messages.ipynb #be605d99
+# %% ../../nbs/cloud/01_messages.ipynb #78c8fe05
 def invocations_per_epoch(plan: Plan) -> int:
     "LaunchLambda once, and for each mini-batch its trainer's and its neurons' steps."
     parameters = plan.parameters
-    if parameters.granularity == "network": return 1 + plan.batches * 3
+    if parameters.granularity == "network": return 1 + plan.batches
     neurons = sum(len(blocks(parameters, l)) for l in range(1, parameters.layers + 1))
     return 1 + plan.batches * (2 * neurons + 2 * parameters.layers + 1)
 

@@ -7,7 +7,7 @@ __all__ = ['NAME', 'FOLLOW', 'run_id', 'read_datasets', 'make_plan', 'start', 'h
            'validate', 'why_end', 'results', 'trained_model', 'model_file', 'leave_results', 'go_on', 'handle',
            'mail_if_due', 'end', 'handle_upload', 'lambda_handler']
 
-# %% ../../nbs/handlers/06_launch.ipynb #48b6b128
+# %% ../../nbs/handlers/06_launch.ipynb #4367e6da
 import hashlib
 import tempfile
 import time
@@ -18,14 +18,14 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import Upload, uploads
-from ..cloud.messages import Message, Plan, blocks, epoch_messages
+from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.runs import Status
 from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
 from . import checkpoint, watch
-from .inputs import Diverged, begin, end_early, finite, layer_weights, network_at, pack_images, training_data
+from .inputs import Diverged, begin, end_early, finite, network_at, network_blocks, pack_images, training_data, weights
 from ..maths import data, model
-from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, rows, step
+from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, step
 from ..maths.parameters import InputError, Parameters, parse
 
 # %% ../../nbs/handlers/06_launch.ipynb #baa3d59f
@@ -62,7 +62,7 @@ def make_plan(
     return Plan(run, parameters, upload.bucket, f"training_data/{run}.npz", len(kept), datasets.train_x[0].size, datasets.size,
                 datasets.classes, upload.etag, datetime.now(UTC).strftime(NAME))
 
-# %% ../../nbs/handlers/06_launch.ipynb #146b8472
+# %% ../../nbs/handlers/06_launch.ipynb #0323dacc
 def start(
     upload: Upload,
     services: Services,
@@ -80,8 +80,7 @@ def start(
     status, _ = begin(message, services, [])
     if status != "open": return plan.run
     services.topic.tell(f"Run {plan.name} started", f"{plan.images} images, at most {parameters.epochs} epochs.")
-    services.bus.send(epoch_messages(plan, 0, "", hop=1))
-    services.store.finish(message, time.perf_counter() - began)
+    services.bus.finish(message, epoch_messages(plan, 0, "", hop=1), time.perf_counter() - began)
     services.ledger.finished(message, time.perf_counter() - began)
     return plan.run
 
@@ -110,16 +109,17 @@ def follow_best(
     best = best_batch(costs)
     return costs[best], f"{message.epoch}/{best}"
 
-# %% ../../nbs/handlers/06_launch.ipynb #5e7a1e27
+# %% ../../nbs/handlers/06_launch.ipynb #1c177b69
 def _sizes(plan: Plan) -> list[int]:
     "Images in each mini-batch."
     size = plan.parameters.batch_size
     return [min(size, plan.images - i) for i in range(0, plan.images, size)]
 
-def _mean_gradient(plan: Plan, message: Message, services: Services, layer: int, first: int) -> list[np.ndarray]:
-    "dW and db of a block, averaged over the mini-batches."
-    values = [services.store.read(plan.run, batch, message.epoch, [f"g{layer}/{first}"])[0] for batch in range(plan.batches)]
-    return [mean_of(list(arrays), _sizes(plan)) for arrays in zip(*map(decode, values))]
+def _mean_gradient(plan: Plan, message: Message, services: Services) -> np.ndarray:
+    "dW and db of all blocks in one row, averaged over the mini-batches: a request for each, and one at a time in memory."
+    names = [f"g{layer}/{first}" for layer, first, _ in network_blocks(plan)]
+    row = lambda values: np.concatenate([array.ravel() for value in values for array in decode(value)])
+    return mean_of((row(services.store.read(plan.run, batch, message.epoch, names)) for batch in range(plan.batches)), _sizes(plan))
 
 def follow_mean(
     plan: Plan,
@@ -128,27 +128,26 @@ def follow_mean(
     costs: list[float],
 ) -> tuple[float, str]: # the epoch's cost, and the source of the next weights
     "Step once, along the mean of all gradients."
-    values = {}
-    for layer in range(1, plan.parameters.layers + 1):
-        whole = layer_weights(plan, message, services, layer)
-        for first, count in blocks(plan.parameters, layer):
-            slopes = _mean_gradient(plan, message, services, layer, first)
-            values[f"w{layer}/{first}"] = encode(*step(plan.parameters, rows(whole, first, count), *slopes, message.epoch))
+    known, mean = weights(plan, message, services, network_blocks(plan)), _mean_gradient(plan, message, services)
+    shapes = [array.shape for layer in known for array in layer[:2]]
+    slopes = [part.reshape(shape) for part, shape in zip(np.split(mean, np.cumsum([n * m for n, m in shapes])), shapes)]
+    values = {f"w{layer}/{first}": encode(*step(plan.parameters, old, dW, db, message.epoch))
+              for (layer, first, _), old, dW, db in zip(network_blocks(plan), known, slopes[0::2], slopes[1::2])}
     services.store.put(msgspec.structs.replace(message, batch=MASTER), values)
     return mean_of(costs, _sizes(plan)), f"{message.epoch}/{MASTER}"
 
 FOLLOW = {"best": follow_best, "mean": follow_mean}
 
-# %% ../../nbs/handlers/06_launch.ipynb #e38cfd0d
+# %% ../../nbs/handlers/06_launch.ipynb #b9e454ac
 def validate(
     plan: Plan,
     status: Status,  # of the epoch that has just ended; its validation fields are brought up to date
     services: Services,
 ) -> None:
     "Cost of the images held back, and which epoch had the best."
-    X, Y = training_data(services.bucket(plan.bucket), held_key(plan), plan.parameters.dtype)
+    x, Y = training_data(services.bucket(plan.bucket), held_key(plan))
     layers = network_at(plan, status.epoch + 1, status.source, services)
-    status.validation = cost(activations(plan.parameters, layers, X.T)[-1], Y)
+    status.validation = cost(activations(plan.parameters, layers, data.standardise(x, plan.parameters.dtype).T)[-1], Y)
     if status.best_validation is None or status.validation < status.best_validation:
         status.best_validation, status.best_epoch = status.validation, status.epoch
         message = Message("LaunchLambda", "next", plan.run, epoch=0, batch=BEST)
@@ -231,7 +230,7 @@ def go_on(
     status.reason = why_end(plan, status)
     return status
 
-# %% ../../nbs/handlers/06_launch.ipynb #66162057
+# %% ../../nbs/handlers/06_launch.ipynb #f3358c05
 def handle(
     message: Message,
     services: Services,
@@ -248,8 +247,8 @@ def handle(
         checkpoint.save_if_due(plan, status, services)
         mail_if_due(plan, status, services)
         services.runs.update(plan.run, status)
-        services.bus.send(epoch_messages(plan, message.epoch + 1, status.source, message.hop + 1))
-    services.store.finish(message, time.perf_counter() - began)
+    following = [] if status.reason else epoch_messages(plan, message.epoch + 1, status.source, message.hop + 1)
+    services.bus.finish(message, following, time.perf_counter() - began)
     services.ledger.finished(message, time.perf_counter() - began)
 
 def mail_if_due(

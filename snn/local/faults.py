@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'HANDLERS', 'SMALL', 'Died', 'Refused', 'Schedule', 'Trap', 'LabBus', 'LabBucket', 'Lab', 'invoke', 'arm',
            'deliver', 'Result', 'look_after', 'run_in_lab', 'same', 'small_datasets', 'Row', 'table_row']
 
-# %% ../../nbs/local/08_faults.ipynb #4dbf9d42
+# %% ../../nbs/local/08_faults.ipynb #445bf2bb
 import random
 import tempfile
 from collections import Counter
@@ -17,16 +17,18 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import Topic, Upload
+from ..cloud.bus import Bus
 from ..cloud.messages import Message
 from ..cloud.services import Services
 from ..cloud.store import Incomplete
 from ..handlers import checkpoint, launch, neuron, trainer, watch
+from ..handlers.inputs import forget
 from ..maths import data, model
 from ..maths.network import Layer
 from ..maths.parameters import InputError, Parameters
 
-# %% ../../nbs/local/08_faults.ipynb #2ab9f397
-KINDS = ("duplicate", "lose", "delay", "die", "twins", "amnesia", "hiccup", "refuse")
+# %% ../../nbs/local/08_faults.ipynb #2b67403e
+KINDS = ("duplicate", "lose", "delay", "die", "twins", "amnesia", "hiccup", "refuse", "cold")
 
 class Died(BaseException):
     "A handler was killed. Not an `Exception`: no handler may catch it, as none could."
@@ -40,7 +42,7 @@ class Schedule(NamedTuple):
     kinds: tuple[str, ...] = KINDS
     rate: float = .1   # faults per message
 
-# %% ../../nbs/local/08_faults.ipynb #00ee922a
+# %% ../../nbs/local/08_faults.ipynb #db8aea1f
 class Trap:
     "Stands in front of an adapter; at the chosen request it makes the handler die, or lets the twin run."
     def __init__(self, lab, adapter): self.__dict__.update(lab=lab, adapter=adapter)
@@ -54,11 +56,10 @@ class Trap:
             return answer
         return request
 
-class LabBus:
+class LabBus(Bus):
     "Keeps messages for the lab; what waits in the store's outbox goes first, as with Lambda."
     def __init__(self, store): self.store, self.sent = store, []
     def send(self, messages): self.store.flush(); self.sent.extend(messages)
-    def settle(self): self.store.flush()
 
 class LabBucket(dict):
     "Files in memory."
@@ -69,7 +70,7 @@ class LabBucket(dict):
     def put(self, key, content): self[key] = content
     def keys(self, prefix=""): return [key for key in list(super().keys()) if key.startswith(prefix)]
 
-# %% ../../nbs/local/08_faults.ipynb #5b30b74e
+# %% ../../nbs/local/08_faults.ipynb #767741da
 class Lab:
     "A cloud for one run."
     def __init__(self,
@@ -90,7 +91,7 @@ class Lab:
         services = Services({"SNN_REDIS_URL": self.url})
         store = services.store
         services.__dict__["store"], services.__dict__["runs"] = Trap(self, store), services.runs
-        services.__dict__["bus"] = Trap(self, LabBus(store))
+        services.__dict__["bus"] = Trap(self, LabBus(services.store))
         services.__dict__["topic"] = Trap(self, Topic())
         services._buckets["lab"] = Trap(self, self.bucket)
         return services
@@ -112,7 +113,7 @@ class Lab:
         self.countdown -= 1
         if self.countdown == 0: self.what()
 
-# %% ../../nbs/local/08_faults.ipynb #3ae5124c
+# %% ../../nbs/local/08_faults.ipynb #3758791c
 HANDLERS = {"LaunchLambda": launch.handle, "TrainerLambda": trainer.handle, "NeuronLambda": neuron.handle}
 
 def invoke(
@@ -124,7 +125,7 @@ def invoke(
         lab.invocations += 1
         try: HANDLERS[message.function](message, lab.services); lab.services.bus.settle(); return
         except (Incomplete, Refused): lab.services.store.waiting.clear()
-        except Died: lab.services.store.waiting.clear(); return
+        except Died: lab.services.store.waiting.clear(); forget(); return
 
 def arm(
     lab: Lab,
@@ -148,6 +149,7 @@ def deliver(
     if lab.late and lab.random.random() < .02: lab.queue.append(lab.late.pop(0))
     if lab.happens("amnesia"): lab.services.store.adapter.client.execute_command("FLUSH" + "ALL")
     if lab.happens("hiccup"): lab.services.store.adapter.client.script_flush()
+    if lab.happens("cold"): forget()
     arm(lab, message)
     invoke(lab, message)
     lab.countdown = -1

@@ -123,13 +123,13 @@ def cache_folder() -> Path:
     "`$XDG_CACHE_HOME/snn`, or `~/.cache/snn`."
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "snn")
 
-# %% ../../nbs/maths/03_data.ipynb #e2e46bdb
+# %% ../../nbs/maths/03_data.ipynb #de724ce2
 def standardise(
     images: np.ndarray,   # (m, size, size, 3) uint8
     dtype: str="float64",
 ) -> np.ndarray: # (m, size * size * 3), 0 to 1
     "Unroll each image into a row, and bring the colours from 0...255 to 0...1."
-    return images.reshape(len(images), -1).astype(dtype) / np.dtype(dtype).type(255)
+    return np.divide(images.reshape(len(images), -1), 255, dtype=dtype)
 
 # %% ../../nbs/maths/03_data.ipynb #6d15685b
 WEIGHTS, SHUFFLE, SPLIT = 1, 2, 3  # what a generator is for

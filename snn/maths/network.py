@@ -6,8 +6,8 @@
 __all__ = ['Layer', 'MOMENTS', 'RULES', 'rows', 'initialise_layer', 'initialise', 'cost', 'cost_gradient', 'activations',
            'slopes', 'gradients', 'step', 'best_batch', 'mean_of', 'train_epoch', 'train', 'reached']
 
-# %% ../../nbs/maths/04_network.ipynb #7f8e1a25
-from collections.abc import Iterator
+# %% ../../nbs/maths/04_network.ipynb #9a558d4e
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def step(
     b = rule(*layer[1::2], db, rate, optimizer, epoch + 1)
     return tuple(array for pair in zip(W, b) for array in pair)
 
-# %% ../../nbs/maths/04_network.ipynb #de3ed0f6
+# %% ../../nbs/maths/04_network.ipynb #2c64c7fb
 def best_batch(
     costs: list[float],  # of the mini-batches, in their order
 ) -> int:
@@ -141,12 +141,13 @@ def best_batch(
     return int(np.argmin(costs))
 
 def mean_of(
-    values: list,      # one per mini-batch: numbers or arrays of one shape
+    values: Iterable,  # one per mini-batch: numbers or arrays of one shape
     sizes: list[int],  # images in each mini-batch
 ):
     "Mean over the mini-batches, weighed by their images, summed in their order."
-    total = values[0] * (sizes[0] / sum(sizes))
-    for value, size in zip(values[1:], sizes[1:]): total = total + value * (size / sum(sizes))
+    shares = (value * (size / sum(sizes)) for value, size in zip(values, sizes))
+    total = next(shares)
+    for share in shares: total = total + share
     return total
 
 # %% ../../nbs/maths/04_network.ipynb #2229a3f3
