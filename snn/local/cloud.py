@@ -37,7 +37,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #d7ea6257
+# %% ../../nbs/local/03_cloud.ipynb #e07cef5a
 def _lambda_workers() -> type:
     "Workers that run the Lambda packages; imported when wanted, since they build packages."
     from snn.local.lambda_runtime import LambdaWorkers
@@ -51,7 +51,7 @@ class LocalCloud:
         bucket: str=BUCKET,
         runtime: str="inline",     # handlers in our own workers; or lambda, the real packages in Lambda's own client
     ):
-        self.closing, self._opened = threading.Event(), []
+        self.closing, self._opened, self.failed = threading.Event(), [], ""
         try: self._open(workers, ledger, bucket, runtime)
         except BaseException: self.close(); raise
 
@@ -74,6 +74,11 @@ class LocalCloud:
         self.carrier.start()
 
     def _carry(self) -> None:
+        "Carry on until the cloud is closed, or say in `failed` why that is not possible."
+        try: self._carry_on()
+        except Exception as error: self.failed = f"the cloud on this machine has failed: {error}"
+
+    def _carry_on(self) -> None:
         "Carry upload events from SQS to LaunchLambda, and look after workers, server and runs."
         while not self.closing.is_set():
             found = self.sqs.receive_message(QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10)

@@ -39,7 +39,7 @@ def drawn_datasets() -> Path: # of a datasets.h5
         data.write(data.Datasets(*drawing.draw_datasets()), path)
     return path
 
-# %% ../../nbs/local/04_training.ipynb #297dd7e8
+# %% ../../nbs/local/04_training.ipynb #6757b1b9
 class Progress(NamedTuple):
     "How far a run is."
     status: Status
@@ -65,6 +65,7 @@ def watch(
         if status.state == "finished": return services.runs.plan(services.runs.newest(name))
         if status.state != "running": raise RuntimeError(f"run {name} {status.state} after {status.epoch + 1} epochs: {status.reason}")
         for reason in services.runs.refused().values(): raise InputError(reason)
+        if cloud.failed: raise RuntimeError(cloud.failed)
         time.sleep(every)
 
 def _look(services: Services, name: str) -> tuple[Status, int]:

@@ -69,7 +69,7 @@ def main() -> None:
             for envelope in services.bus.take(name): run_one(envelope, functions, services)
     except redis.ConnectionError: pass  # the server has gone, and so may we
 
-# %% ../../nbs/local/02_worker.ipynb #f44d5e14
+# %% ../../nbs/local/02_worker.ipynb #c131a656
 def cores() -> int:
     "Processors that this program may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -83,7 +83,7 @@ class Workers:
         self.count = count or cores()
         self.environment = {**os.environ, **SETTINGS, **environment, "SNN_WORKERS": str(self.count)}
         self.queue = Services(self.environment).bus
-        self.processes = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}
+        self.processes, self.deaths = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}, 0
 
     def _start(self, name: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-c", "from snn.local.worker import main; main()", name],
@@ -91,8 +91,10 @@ class Workers:
                                 process_group=0)  # Ctrl-C is for the parent, which then stops its workers
 
     def look_after(self) -> int: # how many had died
-        "Replace workers that have died."
+        "Replace workers that have died; raises `RuntimeError` if they do so each time."
         dead = [name for name, process in self.processes.items() if process.poll() is not None]
+        self.deaths = self.deaths + len(dead) if dead else 0  # without a look that found all alive
+        if self.deaths > 5 * self.count: raise RuntimeError("the workers die as soon as they start; what they say is on standard error")
         for name in dead:
             self.queue.recover(name)
             self.processes[name] = self._start(name)

@@ -15,6 +15,7 @@ from snn.cloud.store import connect
 from snn.handlers.launch import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud
+from snn.local.worker import Workers
 from snn.maths import data
 
 
@@ -148,3 +149,8 @@ def test_a_password_is_used_and_never_shown(tmp_path, capfd):
 def test_connections_are_bounded():
     assert connect("redis://127.0.0.1:1").connection_pool.max_connections == 8
     assert "SSL" in connect("rediss://127.0.0.1:1").connection_pool.connection_class.__name__
+
+
+def test_workers_that_can_not_live_end_the_training_with_a_sentence(tmp_path, small_data, long_run, monkeypatch):
+    monkeypatch.setattr(Workers, "_start", lambda self, name: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]))
+    with pytest.raises(RuntimeError, match="the workers die as soon as they start"): training.train(long_run, small_data, tmp_path / "out")
