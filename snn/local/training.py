@@ -39,7 +39,7 @@ def drawn_datasets() -> Path: # of a datasets.h5
         data.write(data.Datasets(*drawing.draw_datasets()), path)
     return path
 
-# %% ../../nbs/local/04_training.ipynb #6757b1b9
+# %% ../../nbs/local/04_training.ipynb #0805b233
 class Progress(NamedTuple):
     "How far a run is."
     status: Status
@@ -51,7 +51,7 @@ def watch(
     name: str,                # of the run
     report: Callable[[Progress], None],
     mirror: Path,             # what the run needs to be taken up is copied here as it comes
-    every: float=.1,          # seconds
+    every: float=.2,          # seconds
 ) -> Plan:
     "Report on a run until it ends; raises `RuntimeError` with the reason if it fails."
     services, began, copied = cloud.services, time.monotonic(), 0.
@@ -59,7 +59,7 @@ def watch(
         try: status, invocations = _look(services, name)
         except redis.ConnectionError: status, invocations = Status(), 0  # the cloud is starting its parameter server again
         report(Progress(status, invocations, time.monotonic() - began))
-        if time.monotonic() - copied > 1 or not list(mirror.glob("*/*/plan.json")) or status.state != "running":
+        if time.monotonic() - copied > 1 and not _has_all(services, name, mirror) or status.state != "running":
             copy_down(cloud.bucket, mirror, name)
             copied = time.monotonic()
         if status.state == "finished": return services.runs.plan(services.runs.newest(name))
@@ -68,22 +68,27 @@ def watch(
         if cloud.failed: raise RuntimeError(cloud.failed)
         time.sleep(every)
 
+def _has_all(services: Services, name: str, mirror: Path) -> bool:
+    "Is there nothing more to copy? So it is, once the plan has come, in a run without checkpoints."
+    plan = mirror / f"training_checkpoints/{name}/plan.json"
+    return plan.exists() and not msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every
+
 def _look(services: Services, name: str) -> tuple[Status, int]:
     "A run's status and how many invocations it has made."
     run = services.runs.newest(name)
     if not services.runs.knows(run): return Status(), 0
     return services.runs.status(run), sum(count.attempts for count in services.ledger.counts(services.runs.plan(run)).values())
 
-# %% ../../nbs/local/04_training.ipynb #311b3ea7
+# %% ../../nbs/local/04_training.ipynb #6251b78a
 def copy_down(
     bucket: Bucket,
     mirror: Path,
     name: str,  # of the run
 ) -> None:
     "Copy new files of a run from the bucket; each is complete or not there."
-    for prefix in (f"training_data/{name}", f"training_checkpoints/{name}/"):
-        for key in bucket.keys(prefix):
-            if not (mirror / key).exists(): _write_whole(mirror / key, bucket.get(key))
+    made = [key for prefix in (f"training_checkpoints/{name}/", f"training_data/{name}") for key in bucket.keys(prefix)]
+    for key in reversed(made):  # LaunchLambda leaves the images before the plan: where a plan is listed, the images are, and they come first
+        if not (mirror / key).exists(): _write_whole(mirror / key, bucket.get(key))
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

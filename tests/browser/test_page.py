@@ -176,8 +176,8 @@ def test_a_lost_connection_is_said(open_page):
 
 
 def test_the_keyboard_is_enough(open_page, web):
-    page, choosers = open_page(), []
-    page.on("filechooser", choosers.append)  # from now on: asked for at the last moment, the browser may miss it
+    page = open_page()
+    page.on("filechooser", lambda chooser: None)  # from now on the browser leaves files to us; told at the last moment, it may miss it
     def tab_to(selector):
         for _ in range(20):
             page.keyboard.press("Tab")
@@ -185,9 +185,8 @@ def test_the_keyboard_is_enough(open_page, web):
         assert False, f"{selector} is not reached"
     tab_to(".skip"); tab_to("#image")
     assert page.evaluate("getComputedStyle(document.querySelector('.drop')).outlineStyle") == "solid"       # the focus is seen
-    page.keyboard.press("Space")
-    if not choosers: page.wait_for_event("filechooser")
-    choosers[0].set_files(PICTURE)
+    with page.expect_file_chooser() as chooser: page.keyboard.press("Space")
+    chooser.value.set_files(PICTURE)
     verdict(page)
     tab_to("summary"); page.keyboard.press("Enter")
     assert page.locator("details table").is_visible()

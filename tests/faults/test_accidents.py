@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -81,6 +82,20 @@ def test_killed_workers_and_a_killed_parameter_server_change_nothing(tmp_path, s
         assert watched(cloud, name, until).state == "finished"
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
         assert "~" in cloud.services.runs.newest(name)  # it was taken up again
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, tmp_path, small_data, long_run, until):
+    quick, dice = msgspec.structs.replace(long_run, granularity=granularity, epochs=24, stall_after=1.), random.Random(granularity)
+    training.train(quick, small_data, tmp_path / "whole")
+    with LocalCloud() as cloud:
+        name, runs = run_id(cloud.upload(quick, small_data), quick), cloud.services.runs
+        for epoch in range(0, 20, 5):
+            until(lambda: runs.status(name).epoch >= epoch, f"epoch {epoch} is done")
+            time.sleep(dice.random() / 50)  # anywhere in an epoch
+            cloud.workers.processes[f"worker{dice.randrange(cloud.workers.count)}"].kill()
+        assert watched(cloud, name, until).state == "finished"
+        assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
 
 
 def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(tmp_path, small_data, parameters, until):
