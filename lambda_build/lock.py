@@ -13,11 +13,15 @@ PACKAGES = {
     "training": ["numpy", "redis", "hiredis", "msgspec", "aws-lambda-powertools"],  # TrainerLambda and NeuronLambda
     "launch": ["numpy", "redis", "hiredis", "msgspec", "aws-lambda-powertools", "h5py"],
     "runtime": ["awslambdaric", "boto3"],  # what Lambda itself provides, for functions on this machine
+    # The Prediction API's image, see infra/service/Dockerfile; setuptools installs snn itself and does not stay.
+    "service": ["numpy", "h5py", "msgspec", "pillow", "typer", "rich", "fastapi", "uvicorn", "httptools", "uvloop", "python-multipart",
+                "httpcore2", "prometheus-client", "redis", "setuptools"],  # redis: the snn command imports it for its other uses
 }
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+PYTHONS = {"service": ["3.13"]}  # the image's own
+ANY = ["3.11", "3.12", "3.13", "3.14"]
 LINUX = [["manylinux_2_28_aarch64", "manylinux_2_17_aarch64"], ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64"]]
 PLATFORMS = {"training": [*LINUX, ["macosx_14_0_arm64"]], "launch": [*LINUX, ["macosx_14_0_arm64"]],
-             "runtime": LINUX}  # awslambdaric has no wheels for others
+             "runtime": LINUX, "service": LINUX}  # awslambdaric has no wheels for others
 
 
 def resolve(names: list[str], python: str, platforms: list[str]) -> dict[str, str]:
@@ -35,7 +39,7 @@ def resolve(names: list[str], python: str, platforms: list[str]) -> dict[str, st
 def lock(name: str) -> str:
     "The text of a lock file."
     hashes: dict[str, set[str]] = {}
-    for python in PYTHONS:
+    for python in PYTHONS.get(name, ANY):
         for platforms in PLATFORMS[name]:
             for pin, digest in resolve(PACKAGES[name], python, platforms).items(): hashes.setdefault(pin, set()).add(digest)
     lines = [" \\\n".join([pin, *(f"    --hash=sha256:{digest}" for digest in sorted(hashes[pin]))]) for pin in sorted(hashes)]
