@@ -87,7 +87,7 @@ def parameters_of(
     "A stack's parameters."
     return {item["ParameterKey"]: item["ParameterValue"] for item in stack.get("Parameters", [])}
 
-# %% ../../nbs/deploy/03_inputs.ipynb #6545515a
+# %% ../../nbs/deploy/03_inputs.ipynb #15aeb42c
 def check_stack(
     account: Account,
     inputs: Inputs,
@@ -97,6 +97,7 @@ def check_stack(
     if found is None: return
     status, bucket = found["StackStatus"], parameters_of(found).get("BucketName", inputs.bucket)
     if status.endswith("IN_PROGRESS") and status != "REVIEW_IN_PROGRESS": raise InputError(f"the stack {inputs.stack} is just being changed ({status}); wait until that has ended")
+    if status == "UPDATE_ROLLBACK_FAILED": raise InputError(f"the stack {inputs.stack} is stuck between two versions ({status}); choose Continue update rollback in the CloudFormation console, then try again")
     if bucket != inputs.bucket: raise InputError(f"the stack {inputs.stack} has the bucket {bucket}; with {inputs.bucket} its data would be lost, so give another stack name")
     if not any(tag["Key"] == TAG for tag in found.get("Tags", [])): raise InputError(f"there is a stack {inputs.stack} that is not ours; give another name")
 

@@ -6,7 +6,7 @@
 __all__ = ['HANDLERS', 'LIMITS', 'LEFT', 'IMPORT', 'imports', 'our_files', 'wheel_files', 'bytecode', 'compile_ours',
            'compile_theirs', 'write_zip', 'Package', 'build', 'unzip', 'Import', 'cold_import']
 
-# %% ../../nbs/deploy/02_package.ipynb #44f5d14b
+# %% ../../nbs/deploy/02_package.ipynb #dec1a3ca
 import ast
 import hashlib
 import os
@@ -21,15 +21,15 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import snn
-from .wheels import Target, find_python, here, wheels
+from .wheels import Target, build_folder, find_python, here, wheels
 from ..maths.data import cache_folder
 from ..maths.parameters import InputError
 
-# %% ../../nbs/deploy/02_package.ipynb #847acffc
-HANDLERS = {"training": ["snn.handlers.trainer", "snn.handlers.neuron"], "launch": ["snn.handlers.launch"]}
+# %% ../../nbs/deploy/02_package.ipynb #e0138aa9
+HANDLERS = {"training": ["snn.handlers.trainer", "snn.handlers.neuron"], "launch": ["snn.handlers.launch", "snn.deploy.gate"]}
 LIMITS = {"training": 16 * 10**6, "launch": 25 * 10**6}  # bytes
 
-# %% ../../nbs/deploy/02_package.ipynb #eba2e2fc
+# %% ../../nbs/deploy/02_package.ipynb #41950710
 def _path(module: str) -> Path | None:
     "A module's or a package's file, if it is one of ours."
     path = Path(snn.__file__).parents[1].joinpath(*module.split("."))
@@ -50,7 +50,7 @@ def imports(
 def our_files(
     modules: list[str],
 ) -> dict[str, bytes]: # name in the package, and content
-    "Modules and all of ours that they need."
+    "Modules and all of ours that they need; a module's data is a JSON file beside it, with its name."
     todo, found = list(modules), {}
     while todo:
         module = todo.pop()
@@ -58,6 +58,7 @@ def our_files(
         name = str(path.relative_to(Path(snn.__file__).parents[1]))
         if name in found: continue
         found[name] = path.read_bytes()
+        if (data := path.with_suffix(".json")).is_file(): found[name.replace(".py", ".json")] = data.read_bytes()
         todo += [*imports(module, found[name].decode()), *([module.rpartition(".")[0]] if "." in module else [])]
     return found
 
@@ -110,14 +111,17 @@ def compile_theirs(
     codes = bytecode(files, python, optimize=2)
     return {name: content for name, content in files.items() if name not in codes} | {f"{name}c": code for name, code in codes.items()}
 
-# %% ../../nbs/deploy/02_package.ipynb #9970c7f8
+# %% ../../nbs/deploy/02_package.ipynb #1d9a945a
 def write_zip(
     files: dict[str, bytes],
     path: Path,
+    onto: Path | None=None,  # a zip whose files come first
 ) -> None:
     "Write a zip that depends on names and contents alone."
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    with zipfile.ZipFile(partial, "w") as file:
+    if onto: shutil.copy(onto, partial)
+    with zipfile.ZipFile(partial, "a" if onto else "w") as file:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name)  # dated 1980
             entry.create_system, entry.external_attr, entry.compress_type = 3, 0o100755 << 16 if ".so" in name else 0o100644 << 16, zipfile.ZIP_DEFLATED
@@ -141,31 +145,34 @@ def _digest(files: dict[str, bytes], *more: str) -> str:
     for name in sorted(files): digest.update(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/deploy/02_package.ipynb #843c9ec2
-def _forget(folder: Path, keep: int=12, seconds: float=24 * 3600) -> None:
+# %% ../../nbs/deploy/02_package.ipynb #4502b589
+def _forget(folder: Path, keep: int=24, seconds: float=24 * 3600) -> None:
     "Remove all but the newest packages, if they are old."
     oldest_last = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in oldest_last[keep:]:
         if time.time() - path.stat().st_mtime > seconds: shutil.rmtree(path, ignore_errors=True)
 
-def _build(ours: dict[str, bytes], theirs: dict[str, bytes], python: str | None, version: str, path: Path) -> None:
-    "Compile, if there is a Python to do it, and write the zip."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if python: ours, theirs = compile_ours(ours, python, version), compile_theirs(theirs, python)
-    write_zip(theirs | ours, path)
-    _forget(path.parent.parent)
+def _theirs(found: list[Path], python: str | None, how: str) -> Path:
+    "Other people's part of a package: what its wheels hold, compiled if there is a Python to do it."
+    path, files = cache_folder() / "packages" / _digest({}, how) / "theirs.zip", {}
+    if path.is_file(): return path
+    for wheel in found: files |= wheel_files(wheel)
+    write_zip(compile_theirs(files, python) if python else files, path)
+    return path
 
 def build(
     name: str,                # training or launch
     target: Target=Target(),
 ) -> Package:
     "Build a package, or find it built; raises `InputError` if it is larger than it may be."
-    ours, theirs, python = our_files(HANDLERS.get(name, [])), {}, find_python(target.python)
-    for wheel in wheels(name, target): theirs |= wheel_files(wheel)
+    ours, found, python = our_files(HANDLERS.get(name, [])), wheels(name, target), find_python(target.python)
     compiler = subprocess.run([python, "-VV"], capture_output=True, text=True).stdout if python else ""
     builder = Path(snn.__file__).with_name("deploy").joinpath("package.py").read_text()  # a change here makes another package, too
-    path = cache_folder() / "packages" / _digest(ours | theirs, *target, compiler, builder) / f"{name}.zip"
-    if not path.is_file(): _build(ours, theirs, python, target.python, path)
+    how = "\n".join([*target, *(wheel.name for wheel in found), (build_folder() / f"{name}.txt").read_text(), compiler, builder])
+    path = cache_folder() / "packages" / _digest(ours, how) / f"{name}.zip"
+    if not path.is_file():
+        write_zip(compile_ours(ours, python, target.python) if python else ours, path, onto=_theirs(found, python, how))
+        _forget(path.parent.parent)
     zipped = path.stat().st_size
     if zipped > LIMITS.get(name, zipped):
         raise InputError(f"the {name} package has {zipped:,} bytes, more than its {LIMITS[name]:,}; something has crept in that the handlers do not need")
@@ -186,7 +193,7 @@ def unzip(
             if not folder.is_dir(): raise  # else somebody was faster
     return folder
 
-# %% ../../nbs/deploy/02_package.ipynb #b4f03f6d
+# %% ../../nbs/deploy/02_package.ipynb #d3bb24c4
 IMPORT = "import sys, time; sys.path.insert(0, sys.argv[1]); t = time.perf_counter(); __import__(sys.argv[2]); print(time.perf_counter() - t, *sys.modules)"
 
 class Import(NamedTuple):
@@ -203,7 +210,8 @@ def cold_import(
     python = find_python(package.target.python)
     if not python or package.target[1:] != here()[1:]: return None
     command = [python, "-I", "-S", "-B", "-c", IMPORT, str(unzip(package)), module]
-    runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(times)]
+    as_there = {**os.environ, "AWS_LAMBDA_FUNCTION_NAME": package.name}  # handlers tell of their invocations there, which takes Powertools
+    runs = [subprocess.run(command, capture_output=True, text=True, env=as_there) for _ in range(times)]
     for run in runs:
         if run.returncode: raise InputError(f"{module} can't be imported from the {package.name} package: {run.stderr.strip().splitlines()[-1]}")
     found = [run.stdout.split() for run in runs]

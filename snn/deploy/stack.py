@@ -6,26 +6,24 @@
 __all__ = ['DONE', 'infra_folder', 'artifacts_bucket', 'make_artifacts_bucket', 'put_once', 'upload_artifacts', 'Event',
            'events_of', 'all_events', 'follow', 'failure', 'unchanged', 'clear_failed', 'make_change_set', 'deploy']
 
-# %% ../../nbs/deploy/04_stack.ipynb #78adb94d
+# %% ../../nbs/deploy/04_stack.ipynb #1d07166e
 import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import snn
 from botocore.exceptions import ClientError, WaiterError
 
 from .inputs import TAG, Account, Inputs, describe, parameters_of
 from .package import Package
+from .wheels import clone_folder
 from ..maths.parameters import InputError
 
-# %% ../../nbs/deploy/04_stack.ipynb #5a496a3e
+# %% ../../nbs/deploy/04_stack.ipynb #e779cda8
 def infra_folder() -> Path:
-    "The repository's `infra`; raises `InputError` if this is not a clone of it."
-    folder = Path(snn.__file__).parents[1] / "infra"
-    if folder.is_dir(): return folder
-    raise InputError(f"{folder}: no such folder; stacks are deployed from a clone of the repository, installed with pip install -e")
+    "The repository's `infra`."
+    return clone_folder("infra")
 
 def artifacts_bucket(
     inputs: Inputs,
@@ -58,7 +56,7 @@ def put_once(
     try: s3.head_object(Bucket=bucket, Key=key)
     except ClientError: s3.put_object(Bucket=bucket, Key=key, Body=content)
 
-# %% ../../nbs/deploy/04_stack.ipynb #376c6809
+# %% ../../nbs/deploy/04_stack.ipynb #f943ba66
 def upload_artifacts(
     account: Account,
     inputs: Inputs,
@@ -66,10 +64,11 @@ def upload_artifacts(
 ) -> dict[str, str]:
     "Put templates and packages into the artifacts bucket; returns the parameters that say where."
     make_artifacts_bucket(account, inputs)
-    bucket, templates = artifacts_bucket(inputs), sorted(infra_folder().glob("*.yaml"))
+    bucket, folder = artifacts_bucket(inputs), infra_folder()
+    templates = sorted(folder.rglob("*.yaml"))
     edition = hashlib.sha256(b"".join(path.read_bytes() for path in templates)).hexdigest()[:16]
     keys = {name: f"packages/{name}-{package.sha256[:16]}.zip" for name, package in packages.items()}
-    for path in templates: put_once(account, bucket, f"templates/{edition}/{path.name}", path.read_bytes())
+    for path in templates: put_once(account, bucket, f"templates/{edition}/{path.relative_to(folder).as_posix()}", path.read_bytes())
     for name, package in packages.items(): put_once(account, bucket, keys[name], package.path.read_bytes())
     address = f"{account.client('s3').meta.endpoint_url}/{bucket}/templates/{edition}"
     return {"Artifacts": bucket, "Templates": address, "LaunchPackage": keys["launch"], "TrainingPackage": keys["training"],

@@ -26,7 +26,7 @@ def account(aws):
     return Account("us-east-1", aws.url)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parameters():
     "Of a small network."
     return from_dict({"epochs": 3, "layers": 2, "neurons": {"layer1": 3, "layer2": 1}, "learning_rate": .1, "batch_size": 10,

@@ -29,8 +29,13 @@ def read(path: Path) -> dict:
     return yaml.load(path.read_text(), Loader)
 
 
+def paths() -> list[Path]:
+    return sorted(infra_folder().rglob("*.yaml"))
+
+
 def all_templates() -> dict[str, dict]:
-    return {path.name: read(path) for path in sorted(infra_folder().glob("*.yaml"))}
+    "By their path in infra."
+    return {path.relative_to(infra_folder()).as_posix(): read(path) for path in paths()}
 
 
 def render(value, given: dict[str, str], conditions: dict[str, bool]):
@@ -55,7 +60,9 @@ def _holds(condition: dict, context: dict) -> bool:
     "Whether a statement's condition is met; what is not in the context is not."
     tests = {"StringLike": fnmatchcase, "ArnEquals": fnmatchcase, "StringEquals": str.__eq__}
     as_list = lambda v: v if isinstance(v, list) else [v]
-    return all(key in context and any(tests[operator](context[key], v) for v in as_list(values))
+    met = lambda operator, key, values: any(tests[operator](context[key], v) for v in as_list(values)) if key in context else False
+    if_there = lambda operator, key, values: key not in context or met(operator.removesuffix("IfExists"), key, values)
+    return all((if_there if operator.endswith("IfExists") else met)(operator, key, values)
                for operator, keys in condition.items() for key, values in keys.items())
 
 
@@ -66,3 +73,16 @@ def allowed(found: list[dict], action: str, resource: str, **context: str) -> bo
     matching = [s for s in found if any(fnmatchcase(action, a) for a in as_list(s["Action"])) and any(fnmatchcase(resource, r) for r in as_list(s["Resource"]))
                 and _holds(s.get("Condition", {}), context)]
     return any(s["Effect"] == "Allow" for s in matching) and not any(s["Effect"] == "Deny" for s in matching)
+
+
+def dashboard_metrics(widgets: list[dict]) -> set:
+    "Namespace, name and dimensions of each metric on a dashboard, whose shorthands refer to the line before."
+    found = set()
+    for widget in widgets:
+        before: list[str] = []
+        for line in widget["properties"]["metrics"]:
+            line = [word for word in line if isinstance(word, str)]
+            if line[0] == "...": line = before[:len(before) - len(line) + 1] + line[1:]
+            before = line = [before[i] if word == "." else word for i, word in enumerate(line)]
+            found.add((line[0], line[1], frozenset(zip(line[2::2], line[3::2]))))
+    return found

@@ -17,7 +17,7 @@ TARGET = ["--python", here().python, "--architecture", here().machine]
 @pytest.fixture(scope="module")
 def snn():
     app = typer.Typer()
-    for name in ("package", "deploy", "upload", "watch", "destroy"): app.command()(getattr(commands, name))
+    for name in ("package", "deploy", "upload", "watch", "approve", "destroy"): app.command()(getattr(commands, name))
     return lambda *words: CliRunner().invoke(app, words)
 
 
@@ -34,6 +34,8 @@ def test_package_says_size_fingerprint_and_import_times(snn, tmp_path, packages)
     (["deploy", *FIVE, "--bucket", "Cats!"], "'Cats!' is not one"),
     (["deploy", *FIVE, "--email", "somebody"], "it looks like somebody@example.com"),
     (["deploy", *FIVE, "--connection", "ghp_token"], "codeconnections"),
+    (["deploy", *FIVE, "--certificate", "arn:aws:acm:eu-west-1:123456789012:certificate/1"], "--certificate and --domain go together"),
+    (["deploy", *FIVE, "--reviewers", "everybody"], "--reviewers is everybody; it looks like 203.0.113.7/32"),
 ])
 def test_a_mistake_is_one_sentence(snn, words, sentence):
     error = snn(*words).exception
@@ -46,5 +48,6 @@ def test_deploy_and_destroy_say_what_they_have_done(snn, packages):
         assert "Successfully created stack - Cats" in (first := snn("deploy", *FIVE, *TARGET, *where)).output, first.exception
         assert "Nothing has changed" in snn("deploy", *FIVE, *TARGET, *where).output
         assert "there is no s3://cats-of-2026/training_input/datasets.h5" in str(snn("watch", "--stack", "Cats", *where).exception)
+        assert "no new version of Cats waits" in str(snn("approve", "--stack", "Cats", *where).exception)
         assert "nobody to ask" in str(snn("destroy", "--stack", "Cats", *where).exception)
         assert "Successfully deleted stack - Cats" in snn("destroy", "--stack", "Cats", "--yes", *where).output

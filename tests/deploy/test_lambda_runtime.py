@@ -5,11 +5,14 @@ import sys
 import time
 
 import boto3
+import msgspec
 import pytest
 
 from snn.deploy.wheels import Target, find_python, here
+from snn.cloud.messages import Plan
 from snn.local import cloud as local_cloud
 from snn.local.lambda_runtime import Function, LambdaWorkers, Runtime
+from snn.local.server import local_aws, parameter_server
 from snn.local.training import train
 
 HANDLER = """
@@ -31,12 +34,11 @@ def until(condition, seconds=20):
 @pytest.fixture
 def lambda_client(tmp_path):
     (tmp_path / "demo.py").write_text(HANDLER)
-    letters = []
     function = Function("Demo", "demo.lambda_handler", tmp_path, {}, timeout=2, memory=256, concurrency=2)
-    with Runtime([function], bury=lambda *letter: letters.append(letter)) as runtime:
+    with Runtime([function]) as runtime:
         client = boto3.client("lambda", endpoint_url=runtime.url, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x",
                               config=boto3.session.Config(retries={"total_max_attempts": 1}))
-        client.runtime, client.letters = runtime, letters
+        client.runtime = runtime
         yield client
 
 
@@ -70,16 +72,17 @@ def test_memory_is_limited(lambda_client):
 
 def test_an_event_is_tried_three_times_and_then_put_aside(lambda_client):
     lambda_client.invoke(FunctionName="Demo", InvocationType="Event", Payload=b'{"stumble": "over a root"}')
-    until(lambda: lambda_client.letters)
-    assert lambda_client.letters == [("Demo", b'{"stumble": "over a root"}', "ValueError: over a root")]
+    until(lambda: lambda_client.runtime.dead)
+    letter, = lambda_client.runtime.dead
+    assert letter["requestPayload"] == {"stumble": "over a root"} and letter["responsePayload"]["errorMessage"] == "over a root"
+    assert letter["requestContext"]["condition"] == "RetriesExhausted" and letter["requestContext"]["approximateInvokeCount"] == 3
 
 
 def test_a_handler_that_is_not_there_fails_and_does_not_spin(tmp_path):
-    letters = []
-    with Runtime([Function("Demo", "nothing.lambda_handler", tmp_path, {})], bury=lambda *letter: letters.append(letter)) as runtime:
-        runtime.put("Demo", b"{}")
-        until(lambda: letters)
-        assert "No module named 'nothing'" in letters[0][2]
+    with Runtime([Function("Demo", "nothing.lambda_handler", tmp_path, {})]) as runtime:
+        for _ in range(2): runtime.put("Demo", b"{}")
+        until(lambda: len(runtime.dead) == 2)
+        assert "No module named 'nothing'" in runtime.dead[0]["responsePayload"]["errorMessage"]
 
 
 def test_nothing_is_left_when_the_program_is_killed(tmp_path):
@@ -102,22 +105,42 @@ print(runtime.pools["Demo"].idle[0].process.pid, flush=True); time.sleep(60)
     until(gone)
 
 
-def trained(monkeypatch, tmp_path, parameters, datasets, workers):
+def test_an_event_that_fails_for_good_ends_its_run(packages, parameters):
+    endless = msgspec.structs.replace(parameters, epochs=10**6)
+    with parameter_server() as server, local_aws() as aws:
+        aws.client("s3").create_bucket(Bucket="cats")
+        workers = LambdaWorkers({**aws.environment(), "SNN_REDIS_URL": server.url}, 1)
+        services = workers.services
+        services.runs.begin(Plan("demo", endless, "cats", "images.npz", 20, 192, 8, ("non-cat", "cat"), "etag", ""))
+        event = {"function": "NeuronLambda", "direction": "forward", "run": "demo", "epoch": 3, "batch": 0, "layer": 9, "count": 1}
+        workers.runtime.put("NeuronLambda", json.dumps(event).encode())
+        until(lambda: workers.look_after() or services.runs.status("demo").state == "failed")
+        assert services.runs.status("demo").reason.startswith("demo/3/0/NeuronLambda/forward/9/0 failed 3 times: IndexError")
+        assert [letter["event"] for letter in services.bus.dead()] == [event]
+        workers.close()
+
+
+def trained(folder, parameters, datasets, workers):
     "The model that a training with these workers leaves."
-    monkeypatch.setattr(local_cloud, "Workers", workers)
-    outcome = train(parameters, datasets, tmp_path / "out", workers=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(local_cloud, "Workers", workers)
+        outcome = train(parameters, datasets, folder, workers=2)
     assert outcome.epochs == 3
     return outcome.files["params.h5"].read_bytes()
 
 
-def test_the_packages_train_to_the_same_bytes_as_the_handlers_inline(monkeypatch, tmp_path, packages, parameters, datasets):
-    inline = trained(monkeypatch, tmp_path, parameters, datasets, local_cloud.Workers)
-    assert trained(monkeypatch, tmp_path, parameters, datasets, LambdaWorkers) == inline
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory, parameters, datasets):
+    "The model that the handlers leave, called as functions."
+    return trained(tmp_path_factory.mktemp("inline"), parameters, datasets, local_cloud.Workers)
+
+
+def test_the_packages_train_to_the_same_bytes_as_the_handlers_inline(tmp_path, packages, parameters, datasets, inline):
+    assert trained(tmp_path, parameters, datasets, LambdaWorkers) == inline
 
 
 @pytest.mark.skipif(here().system != "linux" or here().machine != "x86_64" or not find_python("3.13") or here().python == "3.13",
                     reason="needs a python3.13 for x86-64 on Linux, on the PATH or in pyenv, beside the one that runs the tests")
-def test_the_very_package_for_python_3_13_trains_to_the_same_bytes(monkeypatch, tmp_path, parameters, datasets):
-    inline = trained(monkeypatch, tmp_path, parameters, datasets, local_cloud.Workers)
+def test_the_very_package_for_python_3_13_trains_to_the_same_bytes(tmp_path, parameters, datasets, inline):
     on_3_13 = lambda environment, count: LambdaWorkers(environment, count, Target("3.13", "x86_64"))
-    assert trained(monkeypatch, tmp_path, parameters, datasets, on_3_13) == inline
+    assert trained(tmp_path, parameters, datasets, on_3_13) == inline

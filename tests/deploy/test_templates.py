@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from templates import PSEUDO, all_templates, allowed, render, statements  # noqa: E402
+from templates import PSEUDO, all_templates, allowed, paths, render, statements  # noqa: E402
 
 from snn.deploy.stack import infra_folder  # noqa: E402
+from snn.local.lambda_runtime import announced  # noqa: E402
 
 TEMPLATES = all_templates()
 GIVEN = {"StackName": "Cats", "BucketName": "cats", "CacheSecret": "arn:secret", "Topic": "arn:topic"}
@@ -20,7 +21,7 @@ TABLE = "arn:aws-cn:dynamodb:here-1:111111111111:table/Cats-{}"
 
 
 def test_cfn_lint_finds_nothing():
-    done = subprocess.run([sys.executable, "-c", "import sys; from cfnlint.runner import main; sys.exit(main())", *map(str, infra_folder().glob("*.yaml"))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys; from cfnlint.runner import main; sys.exit(main())", *map(str, paths())], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -42,7 +43,7 @@ def test_every_skip_has_its_reason():
 
 
 def test_no_account_region_or_partition_is_written_down():
-    for path in infra_folder().glob("*.yaml"):
+    for path in paths():
         text = path.read_text()
         for wrong in (r"\b\d{12}\b", r"\b(us|eu|ap|sa|ca|me|af|il|mx|cn)-[a-z]+-\d\b", r"arn:aws\b", r"amazonaws\.com/"):
             assert not re.search(wrong, text), (path.name, wrong)
@@ -72,7 +73,8 @@ POLICIES = [
     ("Launch", "sns:Publish", "arn:topic", {}, True),
     ("Launch", "secretsmanager:GetSecretValue", "arn:secret", {}, True),
     ("Launch", "secretsmanager:GetSecretValue", "arn:other", {}, False),
-    ("Launch", "sqs:SendMessage", "arn:DeadLetters", {}, True),
+    ("Launch", "sns:Publish", "Failures", {}, True),                                  # where its own failures go
+    ("Launch", "sqs:SendMessage", "arn:DeadLetters", {}, False),                      # only the topic writes there
     ("Launch", "logs:PutLogEvents", "arn:LaunchLogs", {}, True),
     ("Launch", "logs:PutLogEvents", "arn:NeuronLogs", {}, False),
     ("Launch", "logs:CreateLogGroup", "arn:LaunchLogs", {}, False),                   # it has a retention: nobody makes one without
@@ -88,8 +90,10 @@ POLICIES = [
     ("Trainer", "s3:PutObject", f"{BUCKET}/training_results/results.json", {}, False),
     ("Trainer", "s3:PutObject", f"{BUCKET}/training_results/run/stopped.json", {}, True),  # whoever ends a run says why
     ("Trainer", "sns:Publish", "arn:topic", {}, True),
+    ("Trainer", "sns:Publish", "Failures", {}, True),
     ("Trainer", "sns:Publish", "arn:other", {}, False),
     ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),
+    ("Neuron", "sns:Publish", "Failures", {}, True),
     ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, False),
     ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, False),
     ("Neuron", "dynamodb:UpdateItem", TABLE.format("NeuronLambda"), {}, True),
@@ -120,7 +124,7 @@ def test_no_policy_allows_every_action_and_few_every_resource():
             for statement in statements(resource, GIVEN, {"Traced": True}):
                 actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
                 if statement["Effect"] == "Allow": assert not any("*" in action for action in actions)
-                if statement["Effect"] == "Allow" and statement["Resource"] == "*": assert statement["Sid"] in ("NetworkWithoutResources", "Trace")
+                if statement["Effect"] == "Allow" and statement["Resource"] == "*": assert statement["Sid"] in ("NetworkWithoutResources", "Trace", "LogInToRegistry", "LookAtBalancers", "TaskWithoutResources")
 
 
 def test_the_functions_can_go_on_and_on():
@@ -128,7 +132,44 @@ def test_the_functions_can_go_on_and_on():
         function = TEMPLATES["functions.yaml"]["Resources"][f"{name}Function"]["Properties"]
         events = TEMPLATES["functions.yaml"]["Resources"][f"{name}Events"]["Properties"]
         assert function["RecursiveLoop"] == "Allow" and function["Runtime"] == "python3.13"
-        assert events["MaximumRetryAttempts"] == 2 and events["DestinationConfig"]["OnFailure"]
+        assert events["MaximumRetryAttempts"] == 2 and events["DestinationConfig"]["OnFailure"] == {"Destination": {"Ref": "Failures"}}
+
+
+def brought(policy: dict, body: dict) -> bool:
+    "Whether a subscription with this filter on the message's body brings it; enough of SNS for ours."
+    return all(name in body and (brought(rule, body[name]) if isinstance(rule, dict) else rule == [{"exists": True}]) for name, rule in policy.items())
+
+
+def test_a_failed_event_is_kept_and_ends_its_run_but_a_failure_to_do_so_leads_to_no_other():
+    resources = TEMPLATES["functions.yaml"]["Resources"]
+    queue, function = resources["FailuresAreKept"]["Properties"], resources["FailuresEndRuns"]["Properties"]
+    assert (queue["Protocol"], queue["Endpoint"]) == ("sqs", {"Fn::GetAtt": ["DeadLetters", "Arn"]}) and "FilterPolicy" not in queue
+    assert (function["Protocol"], function["Endpoint"]) == ("lambda", {"Fn::GetAtt": ["LaunchFunction", "Arn"]}) and function["FilterPolicyScope"] == "MessageBody"
+    sent = {"requestPayload": {"function": "NeuronLambda", "run": "demo", "epoch": 3}, "responsePayload": {"errorMessage": "no"}}
+    assert brought(function["FilterPolicy"], sent)
+    for other in (json.loads(announced(sent)), {"state": "watch"}, {"Records": [{"s3": {}}]}): assert not brought(function["FilterPolicy"], {**sent, "requestPayload": other})
+    assert resources["FailurePermission"]["Properties"]["Principal"] == "sns.amazonaws.com"
+    policy, = resources["DeadLettersPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert policy["Principal"] == {"Service": "sns.amazonaws.com"} and policy["Condition"] == {"ArnEquals": {"aws:SourceArn": {"Ref": "Failures"}}}
+
+
+# A deployment changes what has new parameters. On AWS, that is all that CloudFormation looks at.
+CHANGES = [
+    ("functions.yaml", {"TrainingPackage"}, {"TrainerFunction", "NeuronFunction"}),
+    ("functions.yaml", {"LaunchPackage"}, {"LaunchFunction"}),
+    ("functions.yaml", {"Email"}, {"Topic"}),
+    ("observability.yaml", {"DailySpend"}, {"SpendAlarm"}),
+    ("parameter_server.yaml", {"NodeType"}, {"Server"}),
+]
+
+
+@pytest.mark.parametrize("name, changed, expected", CHANGES)
+def test_an_update_changes_what_it_is_about_and_nothing_else(name, changed, expected):
+    template, all_conditions = TEMPLATES[name], {c: True for t in TEMPLATES.values() for c in t.get("Conditions", {})}
+    assert changed <= template["Parameters"].keys()
+    before, after = ({logical: render(resource["Properties"], {**GIVEN, **dict.fromkeys(changed, edition)}, all_conditions)
+                      for logical, resource in template["Resources"].items()} for edition in ("old", "new"))
+    assert {logical for logical in before if before[logical] != after[logical]} == expected
 
 
 def test_nothing_secret_is_in_a_functions_environment():
