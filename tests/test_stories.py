@@ -1,8 +1,14 @@
 """The stories: notebooks that run as they are and as stages of a pipeline, and an invocation that is replayed."""
-import base64
 import json
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import msgspec
@@ -11,18 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.cloud.messages import Message
+from snn.cloud.bucket import Bucket
+from snn.cloud.messages import Message, invocations_per_epoch
 from snn.cloud.services import Services
 from snn.cloud.store import decode
 from snn.handlers import launch, neuron as neuron_lambda, trainer
 from snn.local.pipeline import NotebookFailed, Request, StageFailed, default_notebooks, run_notebook, run_pipeline, train_in_cloud
-from snn.local.replay import Record, as_dict, explain, hop_of_epoch, read_record, replay, weights_before
+from snn.local.replay import Record, as_dict, explain, find_record, images_in_bucket, read_record, record_in_bucket, replay, replay_on
 from snn.local.server import local_aws, parameter_server
 from snn.local.training import train
 from snn.maths import data, network
 from snn.maths.parameters import InputError
 
 STORIES = ["Introduction", "Codebook", "Analysis"]
+SCREENS = Path(__file__).resolve().parent.parent / "out" / "screens"  # pictures of what was seen are left here
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
@@ -43,31 +51,68 @@ def check_outputs(notebook: Path) -> None:
 
 # The notebooks
 
-@pytest.mark.parametrize("name", STORIES)
-def test_a_story_in_the_repository_is_small_and_has_its_pictures(name):
-    notebook = default_notebooks() / f"{name}.ipynb"
-    pictures = [base64.b64decode(output.data["image/png"]) for output in outputs(notebook) if "image/png" in output.get("data", {})]
-    assert len(pictures) >= 4 and sum(map(len, pictures)) < 300_000
+def pictures(notebook: Path) -> list:
+    "The outputs of a notebook that are pictures."
+    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def described(notebook: Path) -> list[str]:
+    "What the pictures of a notebook are described as."
+    return [output.metadata["image/png"]["alt"] for output in pictures(notebook)]
+
+
+def said_in(notebook: Path) -> str:
+    "All that the cells of a notebook printed, and its tables."
+    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in outputs(notebook))
+
+
+@pytest.mark.parametrize("notebook", [pytest.param(path, id=path.stem) for path in sorted(default_notebooks().glob("*.ipynb"))])
+def test_a_story_in_the_repository_is_small_and_shows_its_pictures(notebook):
+    assert notebook.stat().st_size < 300_000, "fewer or smaller pictures"
+    assert len(pictures(notebook)) >= 4 and all(described(notebook))
     check_outputs(notebook)
 
 
+def test_every_cell_of_a_story_has_been_run():
+    for name in STORIES:
+        silent = [cell.source for cell in nbformat.read(default_notebooks() / f"{name}.ipynb", 4).cells
+                  if cell.cell_type == "code" and not cell.outputs and re.search(r"^(print|show|display|table|learning|neurons|answers|structure|style)\W", cell.source, re.M)]
+        assert not silent, f"{name} was changed and not run again"
+
+
+LONGEST = 300  # seconds that a cell may take before the test gives up; how long they take is measured, and not asserted on a machine that does other things as well
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, drawn_data) -> tuple[Path, float]:
-    "All three stories, run with drawn data: their folder, and how many seconds they took."
+def told(tmp_path_factory, drawn_data) -> Path:
+    "All three stories, run with drawn data: their folder."
     folder, began = tmp_path_factory.mktemp("stories"), time.monotonic()
-    for name in STORIES: run_notebook(default_notebooks() / f"{name}.ipynb", folder / f"{name}.ipynb", {"data": str(drawn_data)})
-    return folder, time.monotonic() - began
+    for name in STORIES: run_notebook(default_notebooks() / f"{name}.ipynb", folder / f"{name}.ipynb", {"data": str(drawn_data)}, longest=LONGEST)
+    print(f"the three stories took {time.monotonic() - began:.0f} s together")
+    return folder
 
 
-@pytest.mark.timeout(600)
-def test_the_three_stories_take_less_than_two_minutes(told):
-    assert told[1] < 120
-
-
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STORIES)
-def test_a_story_tells_itself_without_warnings(told, name):
-    check_outputs(told[0] / f"{name}.ipynb")
+def test_a_story_tells_itself_from_top_to_bottom(told, name):
+    check_outputs(told / f"{name}.ipynb")
+    assert len(pictures(told / f"{name}.ipynb")) == len(pictures(default_notebooks() / f"{name}.ipynb"))
+
+
+@pytest.mark.timeout(900)
+def test_the_analysis_shows_weights_on_their_way_and_what_the_run_would_cost(told):
+    analysis = told / "Analysis.ipynb"
+    assert "Layer 1 from epoch to epoch: what training has added to the weights" in described(analysis)
+    dollars = float(re.search(r"\*\*in all\*\* \| \*\*([\d.]+)\*\*", said_in(analysis)).group(1))
+    assert 0 < dollars < 1
+
+
+@pytest.mark.timeout(900)
+def test_the_analysis_names_all_measures_of_the_test_set(told):
+    said = said_in(told / "Analysis.ipynb")
+    for measure in ("accuracy", "classification error", "majority baseline", "sensitivity", "specificity", "false-positive rate", "precision"):
+        assert re.search(rf"\| {measure} \| .* \| \*\*[\d.]+%\*\* \| \d+% to \d+% \|", said), measure
+    assert any(text.startswith("ROC curve, AUC 0.") for text in described(told / "Analysis.ipynb"))
 
 
 @pytest.mark.timeout(600)
@@ -75,7 +120,9 @@ def test_a_story_tells_itself_without_warnings(told, name):
 def test_the_codebook_runs_at_every_granularity(granularity, small_data, tmp_path):
     ran = run_notebook(default_notebooks() / "Codebook.ipynb", tmp_path / "Codebook.ipynb", {"data": str(small_data), "granularity": granularity, "epochs": 2, "out": str(tmp_path / "out")})
     check_outputs(ran)
-    assert read_record(tmp_path / "out").plan.parameters.granularity == granularity
+    record = read_record(tmp_path / "out")
+    assert record.plan.parameters.granularity == granularity
+    assert f"1 upload + 2 epochs · {invocations_per_epoch(record.plan)} invocations = {1 + 2 * invocations_per_epoch(record.plan):,}" in said_in(ran)
 
 
 def test_the_codebook_runs_with_a_single_mini_batch_and_a_single_epoch(small_datasets, tmp_path):
@@ -85,7 +132,59 @@ def test_the_codebook_runs_with_a_single_mini_batch_and_a_single_epoch(small_dat
 
 @pytest.mark.timeout(600)
 def test_the_stories_run_with_photographs(real_data, tmp_path):
-    for name in STORIES: check_outputs(run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {"data": str(real_data), "epochs": 4}))
+    for name in STORIES: check_outputs(run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {"data": str(real_data), "epochs": 4}, longest=LONGEST))
+
+
+def test_the_analysis_refuses_data_of_another_run(run_folder, small_datasets, tmp_path):
+    data.write(small_datasets(seed=5), tmp_path / "other.h5")
+    with pytest.raises(NotebookFailed, match="this is not the data of run"):
+        run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"results": str(run_folder), "data": str(tmp_path / "other.h5")})
+
+
+def test_a_cell_that_takes_for_ever_is_given_up(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; time.sleep(60)")]), tmp_path / "Slow.ipynb")
+    with pytest.raises(NotebookFailed, match="Slow.ipynb stopped: a cell took more than 1 s"): run_notebook(tmp_path / "Slow.ipynb", tmp_path / "out.ipynb", {}, longest=1)
+
+
+@pytest.mark.timeout(600)
+def test_introduction_and_codebook_look_at_the_data_of_a_bucket(cloud, small_data, tmp_path, monkeypatch):
+    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+    cloud.aws.client("s3").create_bucket(Bucket="stack")  # nobody listens to this one
+    Bucket(cloud.aws.client("s3"), "stack").put("training_input/datasets.h5", small_data.read_bytes())
+    for name, said in [("Introduction", "8 · 8 · 3 = 192 numbers per picture"), ("Codebook", "167 images, 3 mini-batches")]:
+        if name == "Codebook": monkeypatch.delenv("SNN_REDIS_URL")  # its queue has workers here; the Introduction leaves a stack's server alone in any case
+        ran = run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {"bucket": "stack", "region": "us-east-1", "epochs": 2}, longest=LONGEST)
+        check_outputs(ran)
+        assert said in said_in(ran)
+
+
+def test_bin_lab_opens_the_introduction(root, until, tmp_path):
+    jupyter = Path(sys.executable).with_name("jupyter")
+    if not jupyter.exists(): pytest.skip("JupyterLab is not installed: pip install 'snn[notebooks]'")
+    for folder in ("bin", ".venv/bin", "nbs"): (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(root / "bin" / "lab", tmp_path / "bin")
+    shutil.copy(root / "nbs" / "Introduction.ipynb", tmp_path / "nbs")
+    (tmp_path / "bin" / "venv").write_text("#!/bin/sh\ntest \"$1\" = notebooks\n")  # all is installed already
+    (tmp_path / "bin" / "venv").chmod(0o755)
+    (tmp_path / ".venv" / "bin" / "jupyter").symlink_to(jupyter)
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    browser, opened, log = tmp_path / "browser", tmp_path / "opened", tmp_path / "log"
+    browser.write_text(f"#!/bin/sh\necho \"$1\" > {opened}\n")
+    browser.chmod(0o755)
+    with log.open("w") as file:
+        lab = subprocess.Popen([tmp_path / "bin" / "lab", f"--port={port}", "--port-retries=0", "--allow-root", "--IdentityProvider.token="],
+                               stdout=file, stderr=file, start_new_session=True, env={**os.environ, "BROWSER": f"{browser} %s"})
+    def answer(path):
+        try: return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()
+        except OSError: return ""
+    try:
+        address = until(lambda: opened.is_file() and opened.read_text().strip(), "JupyterLab opens a browser")
+        redirect = Path(urllib.parse.urlparse(address).path).read_text() if address.startswith("file:") else address
+        assert f":{port}/lab/tree/Introduction.ipynb" in redirect, log.read_text()
+        assert "JupyterLab" in answer("/lab/tree/Introduction.ipynb") and "Introduction.ipynb" in answer("/api/contents/Introduction.ipynb?content=0")
+    finally:
+        lab.terminate()
+        lab.wait(30)
 
 
 # Replay
@@ -134,8 +233,9 @@ def test_a_replay_gives_the_numbers_of_the_invocation(cloud_in_hand, granularity
     assert np.allclose(stored[0][0 if granularity == "neuron" else 3], found.w, rtol=1e-12)
 
 
-def test_a_replayed_event_is_the_one_that_was_sent(cloud_in_hand, parameters, small_datasets, small_data):
-    services, chosen = cloud_in_hand, parameters((5, 3, 1), epochs=3, learning_rate=.1)
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_a_replayed_event_is_the_one_that_was_sent(cloud_in_hand, granularity, parameters, small_datasets, small_data):
+    services, chosen = cloud_in_hand, parameters((5, 3, 1), epochs=3, learning_rate=.1, granularity=granularity)
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
@@ -175,6 +275,24 @@ def test_the_explanation_has_the_numbers_in_it(run_folder, small_datasets, direc
     for number in (found.z[i], found.a[i]) if direction == "forward" else (found.da[i], found.dz[i], np.abs(found.dw).max(), abs(found.db)):
         assert f"{number:.6g}" in text
     assert json.loads(json.dumps(as_dict(found)))["neuron"] == 1
+
+
+def test_a_run_is_found_by_its_name(run_folder, tmp_path):
+    name = read_record(run_folder).plan.name
+    for run, out in [(name, run_folder), (name, run_folder.parent), (f"{name}~2", run_folder), (str(run_folder), tmp_path), (str(run_folder / "run.json"), tmp_path)]:
+        assert find_record(run, out).plan.name == name
+    with pytest.raises(InputError, match=f"no run of that name in .*which holds {name}"): find_record("another", run_folder)
+    with pytest.raises(InputError, match="which holds no run"): find_record(name, tmp_path)
+
+
+def test_replay_takes_the_name_of_a_run(snn, run_folder, small_data, tmp_path):
+    name, where = read_record(run_folder).plan.name, ["--epoch", 4, "--batch", 1, "--layer", 2, "--neuron", 3]
+    code, said, _ = snn("replay", name, *where, "--out", run_folder, "--data", small_data, "--direction", "backward")
+    assert code == 0 and f"NeuronLambda {name}/4/1/" in said and "dz = da · g'(z)" in said
+    code, said, error = snn("replay", "another", *where, "--out", run_folder)
+    assert code == 2 and error.startswith("another: no such folder, and no run of that name") and not said
+    code, said, error = snn("replay", name, *where, "--bucket", "no-such-bucket-of-ours", "--region", "mars")
+    assert code == 2 and error.startswith("s3://no-such-bucket-of-ours: ") and "Traceback" not in error
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -221,6 +339,36 @@ def test_the_report_needs_nothing_from_elsewhere_and_describes_its_pictures(pipe
     assert "Traceback" not in page and "jp-OutputArea-error" not in re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)
     pictures = re.findall(r"<img\b[^>]*>", page)
     assert len(pictures) >= 10 and all(re.search(r'alt="[^"]+', picture) and "No description" not in picture for picture in pictures)
+    links = re.findall(r'<a href="#([^"]+)">', page)
+    assert "Codebook" in links and "Analysis" in links and "1-The-training" in links
+    assert all(f'id="{urllib.parse.unquote(link)}"' in urllib.parse.unquote(page) for link in links)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("width", [1280, 700])
+def test_the_report_as_a_browser_draws_it(pipeline, width, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'snn[test]'")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium: pytest.skip("Chromium is not installed: apt-get install chromium")
+    said, asked = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 1000})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((pipeline[0] / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "it can be read without scrolling sideways"
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        cut = page.evaluate("""[...document.querySelectorAll('pre, table, img, h1, h2, h3, p')]
+            .filter(part => part.getBoundingClientRect().width && (part.scrollWidth > part.clientWidth + 2 && part.tagName != 'TABLE' || part.getBoundingClientRect().right > innerWidth))
+            .map(part => part.tagName + ': ' + part.textContent.slice(0, 60))""")
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENS / f"report-{width}.png", full_page=True)
+        text = page.inner_text("body")
+        browser.close()
+    assert cut == [] and said == []
+    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is fetched"
+    assert not re.search(r"Traceback|Warning:|<IPython|\bFigure\(|Sheet size|\[0m", text)
 
 
 @pytest.mark.timeout(600)
@@ -247,12 +395,49 @@ def test_what_is_wrong_is_found_before_the_first_stage(parameters, small_data, t
     assert news == [] and not (tmp_path / "out").exists()
 
 
+def test_a_run_that_fails_in_the_cloud_ends_the_waiting_and_can_be_looked_into(cloud, parameters, small_datasets, small_data, tmp_path, snn, monkeypatch):
+    wild = parameters((5, 1), epochs=50, granularity="layer", learning_rate=1e308)
+    with pytest.raises(RuntimeError, match=r"Run \w+ failed after \d+ epochs: .*infinite or not a number.*snn resume \w+ --bucket") as failed:
+        train_in_cloud(wild, small_data, tmp_path / "fetched", cloud.bucket, every=.1, soon=60)
+    assert not (tmp_path / "fetched").exists()
+
+    run = re.search(r"Run (\w+)", str(failed.value)).group(1)
+    record = record_in_bucket(cloud.bucket, run)
+    last = record.epochs - 1  # the one in which it failed
+    found = replay_on(record, *images_in_bucket(record, cloud.bucket), last, 0, 1, 0, "backward")
+    assert found.message.id.startswith(f"{run}/{last}/0/NeuronLambda/backward")
+
+    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+    code, said, _ = snn("replay", run, "--epoch", 0, "--batch", 0, "--layer", 1, "--neuron", 2, "--bucket", cloud.bucket_name, "--region", "us-east-1")
+    assert code == 0 and f"NeuronLambda {run}/0/0/NeuronLambda/forward/1/0" in said
+    code, said, error = snn("replay", "another", "--epoch", 0, "--batch", 0, "--layer", 1, "--neuron", 2, "--bucket", cloud.bucket_name, "--region", "us-east-1")
+    assert code == 2 and "no run another has ended here" in error and run in error
+
+
+def test_a_run_that_never_begins_is_not_waited_for(parameters, small_data, tmp_path):
+    with local_aws() as aws:
+        aws.client("s3").create_bucket(Bucket="quiet")
+        with pytest.raises(RuntimeError, match="started no run within 0.2 s. Does a stack listen"):
+            train_in_cloud(parameters(), small_data, tmp_path, Bucket(aws.client("s3"), "quiet"), every=.05, soon=.2)
+
+
+def test_a_bucket_that_is_not_there_is_found_before_the_first_stage(cloud, parameters, small_data, tmp_path, monkeypatch):
+    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+    news = []
+    with pytest.raises(InputError, match="s3://nowhere: there is no such bucket"):
+        run_pipeline(Request(parameters(), tmp_path / "out", default_notebooks(), small_data, bucket="nowhere", region="us-east-1"), news.append)
+    assert news == []
+
+
 @pytest.mark.timeout(600)
 def test_the_analysis_reads_a_bucket_and_takes_pictures_of_every_kind(cloud, parameters, small_data, tmp_path, monkeypatch):
     for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
-    chosen = parameters(epochs=3, granularity="network")
+    chosen = parameters(epochs=3, granularity="network", checkpoint_every=1)
     train_in_cloud(chosen, small_data, tmp_path / "fetched", cloud.bucket, every=.1)
-    assert (tmp_path / "fetched" / "run.json").is_file()
+    assert (tmp_path / "fetched" / "run.json").is_file() and sorted(read_record(tmp_path / "fetched").checkpoints) == [0, 1]
+    found = replay(read_record(tmp_path / "fetched"), data.read(small_data), 2, 1, 2, 3, "backward")
+    there = record_in_bucket(cloud.bucket, found.plan.run)
+    assert as_dict(replay_on(there, *images_in_bucket(there, cloud.bucket), 2, 1, 2, 3, "backward")) == as_dict(found)
 
     unseen = tmp_path / "unseen"
     unseen.mkdir()
@@ -261,10 +446,13 @@ def test_the_analysis_reads_a_bucket_and_takes_pictures_of_every_kind(cloud, par
     (unseen / "broken.jpeg").write_bytes(b"not a picture")
     for name in ("grumpy_cat.jpeg", "gargouille.jpeg"):
         if (PHOTOGRAPHS / name).is_file(): (unseen / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
-    ran = run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"bucket": cloud.bucket_name, "region": "us-east-1", "data": str(small_data), "unseen": str(unseen)})
+    ran = run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"bucket": cloud.bucket_name, "region": "us-east-1", "unseen": str(unseen)})
     check_outputs(ran)
-    said = "".join(output.get("text", "") for output in outputs(ran))
+    said = said_in(ran)
     assert "broken.jpeg: not an image" in said
+    assert "all 3 epochs are done" in said and "of all test sets of 42" in said, "the data is the run's own, out of the bucket"
+    for path in unseen.iterdir():
+        if path.stem != "broken": assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said), path.name
 
 
 @pytest.mark.timeout(600)

@@ -65,21 +65,28 @@ def pipeline(
     with Teller(chosen.epochs) as teller: page = run_pipeline(request, teller.report, progress=err.is_terminal)
     out.print(f"The report is {page}")
 
-# %% ../../nbs/cli/50_stories.ipynb #0a967a82
+# %% ../../nbs/cli/50_stories.ipynb #65925836
 def replay(
-    run: Annotated[Path, Argument(help="Folder of a run, as snn train --out leaves it.")],
+    run: Annotated[str, Argument(help="Name of a run, or its folder, as snn train --out leaves it.")],
     epoch: Annotated[int, Option(help="From 0.")],
     batch: Annotated[int, Option(help="Mini-batch, from 0.")],
     layer: Annotated[int, Option(help="From 1.")],
     neuron: Annotated[int, Option(help="From 0.")],
     direction: Annotated[str, Option(help="forward or backward.")] = "forward",
-    data: Annotated[Optional[Path], Option(help="The datasets.h5 of the run. Without it, the drawn data set.")] = None,
+    data: Annotated[Optional[Path], Option(help="The datasets.h5 of the run. Without it, what lies in the bucket, or the drawn data set.")] = None,
+    out_folder: Annotated[Path, Option("--out", help="Folder in which a run's name is looked for.")] = Path("out"),
+    bucket: Annotated[str, Option(help="Bucket of a deployed stack, in which the run's name is looked for.")] = "",
+    region: Annotated[str, Option(help="Region of that bucket.")] = "",
     json: Annotated[bool, Option("--json", help="Event and numbers as JSON.")] = False,
 ) -> None:
     "Run one NeuronLambda invocation again, and show its formulas with the numbers filled in."
-    from snn.local.replay import as_dict, explain, read_record, replay as run_again
+    from snn.local.replay import as_dict, check, explain, find_record, images_in_bucket, open_bucket, record_in_bucket, replay_on, training_part
     from snn.local.training import drawn_datasets
     from snn.maths.data import read
-    found = run_again(read_record(run), read(data or drawn_datasets()), epoch, batch, layer, neuron, direction)
+    place = open_bucket(bucket, region) if bucket else None
+    record = record_in_bucket(place, run) if place else find_record(run, out_folder)
+    check(record, epoch, batch, layer, neuron, direction)
+    images = images_in_bucket(record, place) if place and not data else training_part(record, read(data or drawn_datasets()))
+    found = replay_on(record, *images, epoch, batch, layer, neuron, direction)
     if json: return print_json(as_dict(found))
     out.print(explain(found), markup=False)

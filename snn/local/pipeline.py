@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'Request', 'default_notebooks', 'check', 'NotebookFailed', 'run_notebook', 'joined', 'described',
-           'write_report', 'train_in_cloud', 'Event', 'StageFailed', 'stage', 'run_pipeline']
+           'write_report', 'wait_for', 'train_in_cloud', 'Event', 'StageFailed', 'stage', 'with_checkpoints',
+           'run_pipeline']
 
-# %% ../../nbs/local/06_pipeline.ipynb #33d1b5ca
+# %% ../../nbs/local/06_pipeline.ipynb #dfd27bb4
+import json
 import logging
 import re
 import time
@@ -20,6 +22,7 @@ import msgspec
 
 from ..cloud.bucket import Bucket, Upload
 from ..handlers.launch import run_id
+from .replay import open_bucket, record_in_bucket
 from .training import Progress, drawn_datasets, fetch, train
 from ..maths import data
 from ..maths.parameters import InputError, Parameters
@@ -42,7 +45,7 @@ def default_notebooks() -> Path:
     import snn
     return Path(snn.__file__).resolve().parents[1] / "nbs"
 
-# %% ../../nbs/local/06_pipeline.ipynb #6ffc24c6
+# %% ../../nbs/local/06_pipeline.ipynb #7416b8b5
 def check(
     request: Request,
 ) -> None:
@@ -55,8 +58,9 @@ def check(
     if request.unseen and not request.unseen.is_dir(): raise InputError(f"{request.unseen}: no such folder; --unseen needs one with pictures")
     if request.codebook_epochs < 1: raise InputError(f"--codebook-epochs is {request.codebook_epochs}; it may be 1 or more")
     if request.datasets: data.read(request.datasets)
+    if request.bucket: open_bucket(request.bucket, request.region)
 
-# %% ../../nbs/local/06_pipeline.ipynb #753ae3aa
+# %% ../../nbs/local/06_pipeline.ipynb #b745bd78
 class NotebookFailed(RuntimeError):
     "A notebook that stopped; the text says where and why."
 
@@ -65,19 +69,22 @@ def run_notebook(
     executed: Path,                # the copy that is run
     parameters: dict[str, Any],    # for its cell tagged `parameters`
     progress: bool=False,          # a bar on standard error
+    longest: int | None=None,      # seconds that a cell may take; None: as long as it needs
 ) -> Path: # `executed`
     "Run a notebook with parameters; raises `NotebookFailed`."
     import papermill
+    from nbclient.exceptions import CellTimeoutError
     logging.getLogger("papermill").setLevel(logging.ERROR)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(notebook, executed, parameters, kernel_name="python3", language="python", progress_bar=progress, cwd=str(notebook.parent),
+    try: papermill.execute_notebook(notebook, executed, parameters, kernel_name="python3", language="python", progress_bar=progress, cwd=str(notebook.parent), execution_timeout=longest,
                                         extra_arguments=["--log-level=CRITICAL"])  # of the kernel, which else complains of being stopped
+    except CellTimeoutError: raise NotebookFailed(f"{notebook.name} stopped: a cell took more than {longest} s; all up to it is in {executed}") from None
     except papermill.PapermillExecutionError as error:
         reason = re.sub(r"\x1b\[[\d;]*m", "", error.evalue).strip().splitlines()
         raise NotebookFailed(f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}{': ' + reason[0] if reason else ''}; all up to it is in {executed}") from None
     return executed
 
-# %% ../../nbs/local/06_pipeline.ipynb #8976e48f
+# %% ../../nbs/local/06_pipeline.ipynb #0a775911
 def joined(
     notebooks: list[Path],  # executed
     title: str,
@@ -89,15 +96,31 @@ def joined(
         for cell in nbformat.read(notebook, 4).cells:
             if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])): cells.append(cell)
     for number, cell in enumerate(cells): cell["id"] = f"cell-{number}"
-    whole = nbformat.v4.new_notebook(cells=cells)
+    whole = nbformat.v4.new_notebook(cells=[cells[0], nbformat.v4.new_markdown_cell(_contents(cells[1:]), id="contents"), *cells[1:]])
     whole.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     return whole
+
+def _contents(cells) -> str:
+    "Links to the chapters, a line for each notebook."
+    headings = [re.match(r"(##?) (.+)", cell.source) for cell in cells if cell.cell_type == "markdown"]
+    link = lambda text: f"[{text}](#{text.replace(' ', '-')})"
+    lines = []
+    for level, text in (found.groups() for found in headings if found):
+        if level == "#": lines.append(f"- **{link(text)}**")
+        elif lines: lines[-1] += f" · {link(text)}"
+    return "\n".join(lines)
 
 STYLE = """
 body { max-width: 62rem; margin: auto; }
 .jp-OutputArea-output pre, .highlight pre { white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; }
 .jp-CodeMirrorEditor, .jp-Editor, .highlight { overflow: visible; }
-@media print { .jp-RenderedImage, table { break-inside: avoid; } }
+.jp-RenderedImage img { max-width: 100%; }
+h1, h2, h3, h4 { break-after: avoid; }
+h1 { break-inside: avoid; }
+@media print {
+  .jp-RenderedImage, table, tr, .jp-RenderedText pre { break-inside: avoid; }
+  .jp-CodeCell .jp-Cell-inputWrapper { break-after: avoid; }
+}
 """
 
 def described(
@@ -127,20 +150,39 @@ def write_report(
     partial.replace(page)
     return page
 
-# %% ../../nbs/local/06_pipeline.ipynb #dff2e3f3
+# %% ../../nbs/local/06_pipeline.ipynb #889bc417
+def wait_for(
+    bucket: Bucket,
+    run: str,
+    every: float=5,  # seconds between two looks
+    soon: float=300, # seconds in which it must have begun
+) -> None:
+    "Wait until a run has left its record; raises `RuntimeError` if it failed, was stopped, or never began."
+    began = time.monotonic()
+    while f"training_results/{run}/run.json" not in (left := bucket.keys(f"training_results/{run}/")):
+        if (note := f"training_results/{run}/stopped.json") in left:
+            ended = json.loads(bucket.get(note))
+            raise RuntimeError(f"Run {run} {ended['state']} after {ended['epochs']} epochs: {ended['reason']}. snn resume {run} --bucket {bucket.name} takes it up again.")
+        if time.monotonic() - began > soon and not bucket.keys(f"training_checkpoints/{run}/"):
+            raise RuntimeError(f"The upload to s3://{bucket.name}/training_input/ started no run within {soon:g} s. Does a stack listen to this bucket? If it refused the upload, its mail says why.")
+        time.sleep(every)
+
 def train_in_cloud(
     parameters: Parameters,
     datasets: Path,
     out: Path,
     bucket: Bucket,
-    every: float=5,             # seconds between two looks
+    every: float=5,  # seconds between two looks
+    soon: float=300, # seconds in which the run must have begun
 ) -> None:
-    "Start a run on a deployed stack by an upload, wait for its end, and fetch its results."
+    "Start a run on a deployed stack by an upload, wait for its end, and fetch its results and checkpoints."
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
     answer = bucket.client.put_object(Bucket=bucket.name, Key="training_input/datasets.h5", Body=Path(datasets).read_bytes())
     run = run_id(Upload(bucket.name, "training_input/datasets.h5", answer["ETag"].strip('"')), parameters)
-    while f"training_results/{run}/run.json" not in bucket.keys(f"training_results/{run}/"): time.sleep(every)
+    wait_for(bucket, run, every, soon)
     fetch(bucket, run, out)
+    (out / "checkpoints").mkdir(exist_ok=True)
+    for epoch, kept in record_in_bucket(bucket, run).checkpoints.items(): (out / "checkpoints" / f"{epoch:08}.npz").write_bytes(kept.read_bytes())
 
 # %% ../../nbs/local/06_pipeline.ipynb #d9e83814
 class Event(NamedTuple):
@@ -170,7 +212,7 @@ def stage(
     done.append(name)
     report(Event(name, time.monotonic() - began))
 
-# %% ../../nbs/local/06_pipeline.ipynb #13e7f2af
+# %% ../../nbs/local/06_pipeline.ipynb #a1e96c70
 def _take_data(request: Request) -> Path:
     "The data set that was given, or a copy of the drawn one."
     if request.datasets: return request.datasets.resolve()
@@ -178,12 +220,18 @@ def _take_data(request: Request) -> Path:
     drawn.write_bytes(drawn_datasets().read_bytes())
     return drawn.resolve()
 
+def with_checkpoints(
+    parameters: Parameters,
+    count: int=8,
+) -> Parameters:
+    "The parameters, with about `count` checkpoints if they ask for none. The weights are the same with and without."
+    return parameters if parameters.checkpoint_every else msgspec.structs.replace(parameters, checkpoint_every=max(1, parameters.epochs // count))
+
 def _train(request: Request, datasets: Path, report: Callable[[Event], None]) -> None:
     "The full training, wherever it is wanted."
-    out = request.out / "training"
-    if not request.bucket: train(request.parameters, datasets, out, lambda progress: report(Event("training", training=progress)), request.workers); return
-    import boto3
-    train_in_cloud(request.parameters, datasets, out, Bucket(boto3.client("s3", region_name=request.region or None), request.bucket))
+    out, parameters = request.out / "training", with_checkpoints(request.parameters)
+    if request.bucket: train_in_cloud(parameters, datasets, out, open_bucket(request.bucket, request.region))
+    else: train(parameters, datasets, out, lambda progress: report(Event("training", training=progress)), request.workers)
 
 # %% ../../nbs/local/06_pipeline.ipynb #0c41a183
 def run_pipeline(

@@ -44,7 +44,7 @@ class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: Positive = 1e-8     # used by adam, keeps the quotient finite
     l2: NotNegative = 0.0        # weight decay: l2 * W is added to dW
 
-# %% ../../nbs/maths/01_parameters.ipynb #13fb93fe
+# %% ../../nbs/maths/01_parameters.ipynb #c59a0a78
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     "All that a training run is told, apart from its data."
     epochs: Whole                            # passes over the data at most
@@ -64,6 +64,8 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     patience: Count = 0                      # epochs without a better validation cost; 0 is off
     notify_every: Count = 0                  # epochs between two mails; 0 is off
     stall_after: Positive = 20.0             # seconds without progress until the watchdog looks
+    max_cost: NotNegative = 0.0              # USD that the run may cost at AWS's prices; 0 is off
+    deadline: NotNegative = 0.0              # seconds from the upload that the run may take; 0 is off
 
     @property
     def sizes(self) -> list[int]:

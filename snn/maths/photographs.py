@@ -15,19 +15,26 @@ from PIL import Image, ImageOps
 from .data import SPLIT, Datasets, check, generator
 from .parameters import InputError
 
-# %% ../../nbs/maths/06_photographs.ipynb #5130aee5
+# %% ../../nbs/maths/06_photographs.ipynb #8ed8d682
+def _eight_bits(image: Image.Image) -> Image.Image:
+    "A grey picture of 16 or 32 bits in 8, which Pillow itself would cut off at 255 and so make white."
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    top = 65535 if image.mode.startswith("I;16") else next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+    return Image.fromarray((255 * (values / top).clip(0, 1)).round().astype(np.uint8))
+
 def square(
     image: Image.Image,
     size: int=64,  # edge in pixels
 ) -> np.ndarray: # (size, size, 3) uint8
     "The largest square from the middle of a picture, upright and in RGB."
     image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF": image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
 
-# %% ../../nbs/maths/06_photographs.ipynb #87f87f9f
+# %% ../../nbs/maths/06_photographs.ipynb #bd160cf1
 def read_photograph(
     path: str | Path,
     size: int=64,  # edge in pixels
@@ -35,6 +42,7 @@ def read_photograph(
     "A picture file as the network sees it; raises `InputError`."
     if not Path(path).is_file(): raise InputError(f"{path}: no such file")
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a note that is odd does no harm to the picture
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as image: return square(image, size)

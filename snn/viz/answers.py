@@ -47,7 +47,7 @@ def roc(
     axis.legend(loc="lower right")
     return figure
 
-# %% ../../nbs/viz/05_answers.ipynb #9aa5837d
+# %% ../../nbs/viz/05_answers.ipynb #72d25582
 def measures_at(
     labels: np.ndarray,         # (m,), 0 or 1
     probabilities: np.ndarray,  # (m,)
@@ -66,7 +66,7 @@ def threshold_sweep(
     "What accuracy, sensitivity, specificity and precision would be at other thresholds."
     thresholds = np.linspace(0, 1, 201)
     figure = sheet(8, 3)
-    axis = figure.add_subplot(title="If it were called a cat from another probability on", xlabel="threshold", xlim=(0, 1), ylim=(-.02, 1.05))
+    axis = figure.add_subplot(title="The same network at other thresholds", xlabel="threshold: a cat from this probability on", ylabel="share of images", xlim=(0, 1), ylim=(-.02, 1.05))
     for (name, values), colour, dash in zip(measures_at(labels, probabilities, thresholds).items(), (INK, BLUE, ORANGE, PURPLE), ("-", "--", "-.", ":")):
         axis.plot(thresholds, values, color=colour, linestyle=dash, linewidth=2, label=name)
     axis.axvline(.5, color=GREY, linewidth=1)

@@ -56,7 +56,7 @@ def progress(
     axis.grid(alpha=.3)
     return figure
 
-# %% ../../nbs/viz/04_learning.ipynb #75bf7ff9
+# %% ../../nbs/viz/04_learning.ipynb #8fc3da44
 def gradient_norm(
     slopes: Sequence[tuple[np.ndarray, np.ndarray]],  # (dW, db) per layer, as from `network.gradients`
 ) -> list[float]: # per layer
@@ -68,18 +68,20 @@ DASHES = ["-", "--", "-.", ":"]
 
 def gradient_norms(
     norms: Sequence[Sequence[float]],  # per epoch, per layer
+    epochs: Sequence[int] | None=None, # that were measured; None: all, from the first
 ) -> Sheet:
     "How long each layer's gradient was in each epoch."
-    figure = sheet(8, 3)
+    figure, epochs = sheet(8, 3), range(len(norms)) if epochs is None else epochs
     axis = figure.add_subplot(xlabel="epoch", ylabel="root mean square of dW", yscale="log", title="Length of the gradient, layer by layer")
     for l, values in enumerate(np.transpose(norms), start=1):
         values = np.where(values > 0, values, np.nan)  # a dead layer has no place on a logarithmic scale
-        axis.plot(values, color=COLOURS[(l - 1) % 7], linestyle=DASHES[(l - 1) % 4], label=f"layer {l}" if np.isfinite(values).any() else f"layer {l}: always 0")
+        axis.plot(epochs, values, color=COLOURS[(l - 1) % 7], linestyle=DASHES[(l - 1) % 4], marker="o" if len(norms) < 20 else None, markersize=4,
+                  label=f"layer {l}" if np.isfinite(values).any() else f"layer {l}: always 0")
     axis.grid(alpha=.3, which="major")
     axis.legend(loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-# %% ../../nbs/viz/04_learning.ipynb #673811cb
+# %% ../../nbs/viz/04_learning.ipynb #ab37e54e
 def weights_over_epochs(
     kept: Sequence[tuple[int, Sequence[Layer]]],  # epoch (-1: before the first) and layers, in order
     size: int,                                    # edge of an image in pixels
@@ -93,6 +95,6 @@ def weights_over_epochs(
     first = kept[0][1][0][0] if change else 0
     for column, (epoch, layers) in enumerate(kept):
         images = weights_as_images((layers[0][0] - first)[list(neurons)], size)
-        for row, image in enumerate(images): show_image(axes[row, column], image, ("at first" if epoch < 0 else f"epoch {epoch}") if row == 0 else "")
+        for row, image in enumerate(images): show_image(axes[row, column], image, ("at first" if epoch < 0 else f"after epoch {epoch}") if row == 0 else "")
     for row, j in enumerate(neurons): axes[row, 0].set_ylabel(f"neuron {j}", fontsize=8)
     return figure

@@ -21,9 +21,11 @@ from PIL import Image
 BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#d55e00", "#cc79a7"
 INK, GREY, PALE = "#222222", "#767676", "#e8e8e8"
 
-# %% ../../nbs/viz/01_style.ipynb #5e13fcdc
+# %% ../../nbs/viz/01_style.ipynb #1546e73d
 class Sheet(Figure):
     "A matplotlib figure that a notebook shows as a small PNG with a description."
+    colours = 64  # of a PNG with pictures on it
+
     @property
     def description(self) -> str:
         "The titles on the sheet."
@@ -35,7 +37,7 @@ class Sheet(Figure):
         drawn, small = BytesIO(), BytesIO()
         self.savefig(drawn, format="png", dpi=self.dpi)
         pictures = any(axis.images for axis in self.axes)
-        chosen = {"colors": 64, "kmeans": 1} if pictures else {"colors": 128, "method": Image.Quantize.FASTOCTREE}
+        chosen = {"colors": self.colours, "kmeans": 1} if pictures else {"colors": 128, "method": Image.Quantize.FASTOCTREE}
         Image.open(drawn).convert("RGB").quantize(**chosen, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
 
@@ -65,7 +67,7 @@ def show_image(
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=8, color=colour, pad=3)
 
-# %% ../../nbs/viz/01_style.ipynb #226c8e51
+# %% ../../nbs/viz/01_style.ipynb #b993bd79
 def gallery(
     images: Sequence[np.ndarray],   # (size, size, 3) each
     titles: Sequence[str]=(),       # one for each, or none
@@ -77,6 +79,7 @@ def gallery(
     rows = max(1, ceil(len(images) / columns))
     lines = max([text.count("\n") + 1 for text in titles], default=0)
     figure = sheet(8, rows * (8 / columns + .16 * lines) + .35 * bool(title), title)
+    figure.colours = 32  # photographs hide it
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes: axis.set_axis_off()
     for i, (axis, image) in enumerate(zip(axes, images)):
