@@ -17,7 +17,7 @@ from msgspec import Raw, Struct
 from .messages import Message
 from .store import Store
 
-# %% ../../nbs/cloud/05_bus.ipynb #525ace18
+# %% ../../nbs/cloud/05_bus.ipynb #0484fa9b
 class Bus:
     "How a handler sends messages, and meets others at a barrier."
     store: Store
@@ -28,6 +28,7 @@ class Bus:
     def settle(self) -> None:
         "An invocation ends. The process may be frozen now, so nothing may wait any longer."
         self.store.flush()
+        self.store.meter.end()
 
     def join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes] = {}) -> None:
         "Join a barrier in the store, and send what follows if it is complete."
@@ -36,6 +37,7 @@ class Bus:
     def finish(self, message: Message, following: Sequence[Message], seconds: float, values: dict[str, bytes] = {}) -> None:
         "Store the values, send what follows, and record that the invocation has done all it had to: in this order."
         self.store.put(message, values)
+        self.store.meter.used.messages += len(following)
         self.send(following)
         self.store.finish(message, seconds)
 
@@ -88,7 +90,7 @@ redis.call('RPUSH', KEYS[2], unpack(taken))
 return taken
 """
 
-# %% ../../nbs/cloud/05_bus.ipynb #ca3c8e1e
+# %% ../../nbs/cloud/05_bus.ipynb #1918850c
 def letter(
     message: Message,
 ) -> bytes:
@@ -127,10 +129,12 @@ class Queue(Bus):
     def finish(self, message: Message, following: Sequence[Message], seconds: float, values: dict[str, bytes] = {}) -> None:
         "The same as of every bus, at one moment, with the next request."
         letters = [letter(message) for message in following]
+        self.store.meter.used.messages += len(following)
         self.store.finish(message, seconds, values, letters, self._place(letters))
 
     def settle(self) -> None:
         "An invocation ends. What waits will leave with the next request, which comes soon: the next `take`."
+        self.store.meter.end()
 
     def take(self, worker: str, wait: float = 1.0) -> list[Envelope]:
         "A worker's share of the queue; waits `wait` seconds at most for a first message."

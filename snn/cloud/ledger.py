@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .messages import ALL, Message, Plan
 from .store import Store, key, tag
 
-# %% ../../nbs/cloud/04_ledger.ipynb #7af13543
+# %% ../../nbs/cloud/04_ledger.ipynb #19b85b9f
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
 
 class Count(NamedTuple):
@@ -20,7 +20,17 @@ class Count(NamedTuple):
     attempts: int = 0        # invocations, repeated ones included
     finished: int = 0        # different pieces of work that were finished
     duplicates: int = 0      # invocations that found their work done
-    microseconds: int = 0    # that the finished ones took
+    microseconds: int = 0    # that the finished ones took, up to their barrier
+    # and what they have counted of their own work, see `counts`
+    messages: int = 0        # sent
+    stored: int = 0          # bytes of arrays, for other steps of the epoch
+    asked: int = 0           # bytes of arrays that they worked on
+    fetched: int = 0         # bytes that they had to fetch
+    weights: int = 0         # bytes of weights, for the next epoch
+    costs: int = 0           # entries in the Costs table
+    billed: int = 0          # microseconds from begin to end
+    starts: int = 0          # processes that were started
+    init: int = 0            # microseconds that starting them took
 
 class Entry(NamedTuple):
     "What the ledger knows of one invocation."
@@ -28,7 +38,7 @@ class Entry(NamedTuple):
     finished: bool
     microseconds: int
 
-# %% ../../nbs/cloud/04_ledger.ipynb #a63d148b
+# %% ../../nbs/cloud/04_ledger.ipynb #9dc64756
 class StoreLedger:
     "The ledger on the parameter server, written by the scripts of the store."
     def __init__(self, store: Store): self.store, self.client = store, store.client
@@ -40,7 +50,11 @@ class StoreLedger:
         "Nothing to do: `Store.join` or `Store.finish` has recorded it."
 
     def cost(self, message: Message, cost: float) -> None:
-        "Nothing to do: the mini-batch brings its cost to the epoch's barrier."
+        "Nothing to do but to count it: the mini-batch brings its cost to the epoch's barrier."
+        self.store.meter.used.costs += 1
+
+    def spent(self, message: Message, dollars: float) -> None:
+        "Nothing to do: the run's status has it."
 
     def entry(self, message: Message) -> Entry:
         "One invocation; of the last two epochs."
@@ -58,7 +72,7 @@ class StoreLedger:
         total = lambda function, name: sum(int(record.get(f"{function}:{name}".encode(), 0)) for record in records)
         return {function: Count(*(total(function, name) for name in Count._fields)) for function in FUNCTIONS}
 
-# %% ../../nbs/cloud/04_ledger.ipynb #4701ea68
+# %% ../../nbs/cloud/04_ledger.ipynb #9ec1fbf3
 KEEP = 30 * 24 * 3600  # seconds that an item is kept
 
 class DynamoLedger(StoreLedger):
@@ -94,8 +108,14 @@ class DynamoLedger(StoreLedger):
 
     def cost(self, message: Message, cost: float) -> None:
         "Write a mini-batch's cost into the Costs table."
+        super().cost(message, cost)
         self._update("Costs", {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
                      "SET #batch = :cost, expires = :expires", {":cost": {"S": repr(cost)}}, {"#batch": f"batch{message.batch}"})
+
+    def spent(self, message: Message, dollars: float) -> None:
+        "Write beside the epoch's costs what the run has cost so far, for those who watch from outside."
+        self._update("Costs", {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
+                     "SET spent = :spent, expires = :expires", {":spent": {"S": repr(dollars)}})
 
     def entry(self, message: Message) -> Entry:
         "One invocation; of any epoch."

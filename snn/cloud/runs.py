@@ -15,7 +15,7 @@ from msgspec import Struct
 from .messages import ALL, Plan
 from .store import Incomplete, Outbox, key, tag
 
-# %% ../../nbs/cloud/03_runs.ipynb #1e5824f8
+# %% ../../nbs/cloud/03_runs.ipynb #2dec3871
 class Status(Struct, omit_defaults=False):
     "How far a run is."
     state: str = "running"     # running, finished, failed or stopped
@@ -27,6 +27,10 @@ class Status(Struct, omit_defaults=False):
     validation: float | None = None       # cost of the images held back
     best_validation: float | None = None  # the lowest so far
     best_epoch: int = -1                  # that had it
+    spent: float = 0.0         # USD at AWS's prices, when it was last counted
+    before: float = 0.0        # USD that the run had cost before it was taken up again
+    since: float = 0.0         # when that was, in seconds since 1970
+    cut: bool = False          # is it ended by `max_cost` or `deadline`?
 
 # %% ../../nbs/cloud/03_runs.ipynb #d5ee7aa1
 class Runs:

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['MASTER', 'BEST', 'NAMES', 'FENCE', 'OPEN', 'COUNTED', 'JOIN', 'PUT', 'FINISH', 'BID', 'READ_SIZE', 'LARGE', 'encode',
-           'decode', 'tag', 'key', 'connect', 'Outbox', 'Opened', 'Joined', 'Incomplete', 'Store']
+           'size_of', 'decode', 'tag', 'key', 'connect', 'Outbox', 'Opened', 'Joined', 'Incomplete', 'Store']
 
-# %% ../../nbs/cloud/02_store.ipynb #c28f994f
+# %% ../../nbs/cloud/02_store.ipynb #903464d0
 import json
 import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import redis
 
+from .counts import Meter
 from .messages import ALL, Message
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cloud/02_store.ipynb #0ef7ed53
+# %% ../../nbs/cloud/02_store.ipynb #8062d6db
 @lru_cache(maxsize=256)
 def _head(kinds: tuple) -> bytes:
     "What stands before arrays of these types and shapes."
@@ -34,6 +36,15 @@ def encode(
     "Arrays as one string of bytes that says what it holds."
     head = _head(tuple((a.dtype.str, a.shape) for a in arrays))
     return b"".join([head, *(np.ascontiguousarray(a).data for a in arrays)])
+
+@lru_cache(maxsize=4096)
+def size_of(
+    dtype: str,
+    shapes: tuple[tuple[int, ...], ...],
+) -> int:
+    "Bytes of the string that `encode` makes of arrays of one type and these shapes."
+    kind = np.dtype(dtype)
+    return len(_head(tuple((kind.str, shape) for shape in shapes))) + sum(prod(shape) * kind.itemsize for shape in shapes)
 
 # %% ../../nbs/cloud/02_store.ipynb #55d7bba5
 @lru_cache(maxsize=256)
@@ -89,7 +100,7 @@ if epoch > now then
 end
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #b8abd2a9
+# %% ../../nbs/cloud/02_store.ipynb #4615c214
 OPEN = FENCE + """
 redis.call('HINCRBY', KEYS[2], role .. ':attempts', 1)
 redis.call('HINCRBY', KEYS[1], 'attempts:' .. step, 1)
@@ -102,7 +113,7 @@ return {'open', redis.call('HMGET', KEYS[1], unpack(ARGV, 5))}
 """
 
 COUNTED = FENCE + """
-local uncounted, microseconds = ARGV[5] == '1', ARGV[6]
+local uncounted, microseconds, counted = ARGV[5] == '1', ARGV[6], ARGV[7]
 if uncounted then
   redis.call('HINCRBY', KEYS[2], role .. ':attempts', 1)
   redis.call('HINCRBY', KEYS[1], 'attempts:' .. step, 1)
@@ -111,31 +122,33 @@ local first = redis.call('HSETNX', KEYS[1], 'finished:' .. step, microseconds) =
 if first then
   redis.call('HINCRBY', KEYS[2], role .. ':finished', 1)
   redis.call('HINCRBY', KEYS[2], role .. ':microseconds', microseconds)
+  for name, number in string.gmatch(counted, '(%a+)=(%d+)') do redis.call('HINCRBY', KEYS[2], role .. ':' .. name, number) end
 elseif uncounted then redis.call('HINCRBY', KEYS[2], role .. ':duplicates', 1) end
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #1fc78183
+# %% ../../nbs/cloud/02_store.ipynb #fa8d610a
 JOIN = COUNTED + """
-local group, expected, following, letter, joined = ARGV[7], tonumber(ARGV[8]), ARGV[9], ARGV[10], nil
+local group, expected, following, letter, sender, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], ARGV[12], nil
 if first then
-  if #ARGV > 10 then redis.call('HSET', KEYS[1], unpack(ARGV, 11)) end
+  if #ARGV > 12 then redis.call('HSET', KEYS[1], unpack(ARGV, 13)) end
   joined = redis.call('HINCRBY', KEYS[1], 'joined:' .. group, 1)
 else joined = tonumber(redis.call('HGET', KEYS[1], 'joined:' .. group) or 0) end
 local send = joined >= expected and redis.call('HEXISTS', KEYS[1], 'attempts:' .. following) == 0
+if send then redis.call('HINCRBY', KEYS[2], sender .. ':messages', 1) end
 if send and KEYS[4] then redis.call('RPUSH', KEYS[4], letter) end
 return {'open', joined, send and 1 or 0}
 """
 
-# %% ../../nbs/cloud/02_store.ipynb #f71eb743
+# %% ../../nbs/cloud/02_store.ipynb #63a63008
 PUT = FENCE + """
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 return {'open'}
 """
 
 FINISH = COUNTED + """
-local letters = tonumber(ARGV[7])
-if first and #ARGV > 7 + letters then redis.call('HSET', KEYS[1], unpack(ARGV, 8 + letters)) end
-if first and letters > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 8, 7 + letters)) end
+local letters = tonumber(ARGV[8])
+if first and #ARGV > 8 + letters then redis.call('HSET', KEYS[1], unpack(ARGV, 9 + letters)) end
+if first and letters > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 9, 8 + letters)) end
 return {'open'}
 """
 
@@ -236,7 +249,7 @@ LARGE = 64 * 1024  # bytes
 def _flat(values: dict[str, bytes]) -> list:
     return [item for pair in values.items() for item in pair]
 
-# %% ../../nbs/cloud/02_store.ipynb #b277aec5
+# %% ../../nbs/cloud/02_store.ipynb #f4a3c3cd
 class Store(Outbox):
     "The parameter server, as the handlers see it."
     def __init__(self,
@@ -244,7 +257,7 @@ class Store(Outbox):
         ttl: int=24 * 3600,  # seconds after which an abandoned key goes by itself
     ):
         super().__init__(client)
-        self.ttl, self.uncounted = ttl, set()
+        self.ttl, self.uncounted, self.meter = ttl, set(), Meter()
         texts = {"open": OPEN, "join": JOIN, "put": PUT, "finish": FINISH, "bid": BID}
         self.scripts = {name: self.script(text) for name, text in texts.items()}
 
@@ -257,7 +270,9 @@ class Store(Outbox):
         "Begin an invocation: count it, look whether it is wanted, fetch what it needs; with weights of the mini-batch at `where`, in the same request."
         opening = self._call("open", message, message.batch, message.step, message.function, *fields)
         *found, (status, *values) = self.ask(*([("HMGET", where, *weights)] if weights else []), opening)
-        return Opened(status.decode(), values[0] if values else [], found[0] if found else [])
+        opened = Opened(status.decode(), values[0] if values else [], found[0] if found else [])
+        self.meter.used.fetch([*fields, *weights], [*opened.values, *opened.weights])
+        return opened
 
     def open_later(self, message: Message) -> None:
         "Begin an invocation that has all it needs: it is counted at its end."
@@ -267,7 +282,8 @@ class Store(Outbox):
         "The command that ends an invocation, and counts it if that is still to be done."
         late = batch == message.batch and message.id in self.uncounted
         if late: self.uncounted.remove(message.id)
-        return self._call(script, message, batch, step, role, int(late), round(seconds * 1e6), *args, also=also)
+        counted = self.meter.report() if batch == message.batch else ""
+        return self._call(script, message, batch, step, role, int(late), round(seconds * 1e6), counted, *args, also=also)
 
     def _large(self, message: Message, batch: int, values: dict[str, bytes]) -> list:
         "Send large values ahead of a script, which would copy them twice; the small ones are left to it."
@@ -280,8 +296,9 @@ class Store(Outbox):
     def _join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes], letter: bytes = b"", queues: tuple = ()) -> tuple:
         step, role = message.step, message.function
         if following.batch != message.batch: step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
+        self.meter.used.store(values)
         group, small = f"{role}/{message.direction}/{message.layer}", self._large(message, following.batch, values)
-        return self._counted("join", message, following.batch, step, role, seconds, group, expected, following.step, letter, *small, also=queues)
+        return self._counted("join", message, following.batch, step, role, seconds, group, expected, following.step, letter, message.function, *small, also=queues)
 
     def join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes] = {}) -> Joined:
         "Store the values and join the barrier before `following`: in one request, and nobody is counted before its values are there."
@@ -294,11 +311,13 @@ class Store(Outbox):
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
         "Store values with the message's mini-batch, before the next request."
+        self.meter.used.store(values)
         if small := self._large(message, message.batch, values):
             self.later(*self._call("put", message, message.batch, message.step, message.function, *small))
 
     def finish(self, message: Message, seconds: float, values: dict[str, bytes] = {}, letters: Sequence[bytes] = (), queue: str = "") -> None:
         "Record, with the next request, that an invocation has done all it had to; values are stored and letters left in a queue on this server at the same moment."
+        self.meter.used.store(values)
         small = self._large(message, message.batch, values)
         self.later(*self._counted("finish", message, message.batch, message.step, message.function, seconds, len(letters), *letters, *small,
                                   also=(queue,) if letters else ()))
@@ -310,6 +329,7 @@ class Store(Outbox):
     def read(self, run: str, batch: int, epoch: int, fields: list[str]) -> list[bytes]:
         "Fields that another mini-batch or epoch left; raises `Incomplete` if one is missing."
         values = self.now("HMGET", key(run, batch, epoch), *fields)
+        self.meter.used.fetch(fields, values)
         for field, value in zip(fields, values):
             if value is None: raise Incomplete(f"{key(run, batch, epoch)} has no {field}")
         return values

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['folder', 'leave_plan', 'pack', 'unpack', 'save_if_due', 'newest', 'resume']
 
-# %% ../../nbs/handlers/04_checkpoint.ipynb #cc7a8195
+# %% ../../nbs/handlers/04_checkpoint.ipynb #874a6530
+import time
 from io import BytesIO
 
 import msgspec
@@ -82,7 +83,7 @@ def newest(
     files = [key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")]
     return plan, bucket.get(max(files)) if files else None
 
-# %% ../../nbs/handlers/04_checkpoint.ipynb #5d4b48cc
+# %% ../../nbs/handlers/04_checkpoint.ipynb #6c641e51
 def _restore(plan: Plan, content: bytes, services: Services) -> Status:
     "Put a checkpoint's weights and costs into the store, under the resumed run."
     status, costs, layers, best = unpack(content)
@@ -108,6 +109,7 @@ def resume(
     plan = msgspec.structs.replace(plan, run=f"{name}~{number}")
     if not services.runs.begin(plan): return plan.run                       # somebody else is at it
     status = _restore(plan, content, services) if content else Status()
+    status.before, status.since = status.spent, time.time()
     services.runs.update(plan.run, status)
     services.bus.send(epoch_messages(plan, status.epoch + 1, status.source, hop=1))
     services.bus.settle()

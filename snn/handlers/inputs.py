@@ -6,9 +6,9 @@
 __all__ = ['IMAGES_KEPT', 'Block', 'Arrays', 'memory', 'recall', 'forget', 'pack_images', 'training_data', 'indices', 'images',
            'labels', 'own_weights', 'remember', 'first_weights', 'unknown_weights', 'source_key', 'weight_names',
            'keep_weights', 'weights', 'layer_blocks', 'layer_weights', 'network_blocks', 'network_at', 'end_early',
-           'Runaway', 'check_hops', 'begin', 'pack', 'Diverged', 'finite', 'finite_cost', 'leads', 'meet']
+           'give_up', 'Runaway', 'check_hops', 'begin', 'pack', 'Diverged', 'finite', 'finite_cost', 'leads', 'meet']
 
-# %% ../../nbs/handlers/01_inputs.ipynb #bf0b0593
+# %% ../../nbs/handlers/01_inputs.ipynb #7171e034
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -21,7 +21,8 @@ import numpy as np
 from ..cloud.bucket import Bucket
 from ..cloud.messages import ALL, Message, Plan, after_epoch, blocks, hop_budget
 from ..cloud.services import Services
-from ..cloud.store import Incomplete, decode, encode, key
+from ..cloud.store import Incomplete, decode, encode, key, size_of
+from ..cloud.telemetry import note
 from ..maths.data import mini_batches, standardise
 from ..maths.network import Layer, cost, initialise_layer, rows
 
@@ -157,7 +158,7 @@ def unknown_weights(
     before = _epochs.get((message.run, message.epoch - 1), {}).get("weights", {}) if unknown else {}
     return unknown + [block for block in before if block not in wanted and lacks(block)]
 
-# %% ../../nbs/handlers/01_inputs.ipynb #846529cb
+# %% ../../nbs/handlers/01_inputs.ipynb #a9360482
 def source_key(
     message: Message,
 ) -> str:
@@ -188,7 +189,10 @@ def weights(
 ) -> list[Layer]: # of each block
     "Weights at the beginning of the message's epoch."
     if unknown := unknown_weights(plan, message, wanted):
-        keep_weights(message, unknown, services.store.now("HMGET", source_key(message), *weight_names(unknown)))
+        names = weight_names(unknown)
+        values = services.store.now("HMGET", source_key(message), *names)
+        services.store.meter.used.fetch(names, values)
+        keep_weights(message, unknown, values)
     return [recall(message, "weights", dict)[block] for block in wanted]
 
 def layer_blocks(
@@ -226,7 +230,7 @@ def network_at(
     weights(plan, message, services, network_blocks(plan))
     return [layer_weights(plan, message, services, layer) for layer in range(1, plan.parameters.layers + 1)]
 
-# %% ../../nbs/handlers/01_inputs.ipynb #05ac0a85
+# %% ../../nbs/handlers/01_inputs.ipynb #1ce05182
 def end_early(
     plan: Plan,
     services: Services,
@@ -235,11 +239,27 @@ def end_early(
 ) -> None:
     "End a run before its time, and say why."
     status = services.runs.status(plan.run)
+    note(f"run {state}: {reason}")
     if status.cost is not None: reason += f"; the last good cost is {status.cost:.6g}, of epoch {status.epoch}"
     services.runs.stop(plan, state, reason)
     record = {"run": plan.name, "state": state, "reason": reason, "epochs": status.epoch + 1, "cost": status.cost}
     services.bucket(plan.bucket).put(f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record))
     services.topic.tell(f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}.")
+
+# %% ../../nbs/handlers/01_inputs.ipynb #d48b0c35
+def give_up(
+    function: str,
+    event: dict,   # that failed for good
+    tries: int,    # how often
+    reason: str,   # of the last failure
+    services: Services,
+) -> None:
+    "End the run that an event belongs to, with the reason: without the event it can't go on."
+    if "run" not in event: return services.runs.refuse(function, reason)
+    message = msgspec.convert(event, Message)
+    if not services.runs.knows(message.run): return  # a message of a run that the parameter server has lost
+    if services.runs.status(message.run).state == "running":
+        end_early(services.runs.plan(message.run), services, "failed", f"{message.id} failed {tries} times: {reason}")
 
 # %% ../../nbs/handlers/01_inputs.ipynb #666b7ae7
 class Runaway(RuntimeError):
@@ -256,7 +276,7 @@ def check_hops(
     end_early(plan, services, "failed", reason)
     raise Runaway(reason)
 
-# %% ../../nbs/handlers/01_inputs.ipynb #df18804c
+# %% ../../nbs/handlers/01_inputs.ipynb #5fe4ea3a
 def begin(
     message: Message,
     services: Services,
@@ -264,15 +284,19 @@ def begin(
     wanted: list[Block]=[],   # whose weights it needs
 ) -> tuple[str, dict[str, np.ndarray]]: # status as in `Opened`, and the arrays
     "Open an invocation and fetch what it needs; raises `Incomplete` if something is missing."
+    services.store.meter.begin()
     check_hops(message, services)
     known, plan = memory(message.run, message.epoch), services.runs.plan(message.run)
     unknown, lacking = [name for name in names if (message.batch, name) not in known], unknown_weights(plan, message, wanted)
+    services.store.meter.used.asked += sum(size_of(known[message.batch, name].dtype.str, (known[message.batch, name].shape,)) for name in names if name not in unknown)
     begun = recall(message, "begun", set)
     again = message.id in begun
     begun.add(message.id)
     services.ledger.started(message)
     if unknown or lacking or again:
         opened = services.store.open(message, unknown, source_key(message) if lacking else "", weight_names(lacking))
+        if opened.status == "finished": note("duplicate", Duplicates=1)
+        elif opened.status != "open": note(opened.status)
         if opened.status != "open": return opened.status, {}
         keep_weights(message, lacking, opened.weights)
         for name, value in zip(unknown, opened.values):

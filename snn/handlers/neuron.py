@@ -6,14 +6,16 @@
 __all__ = ['DIRECTIONS', 'block_of', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'end_layer',
            'end_batch', 'handle', 'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #96c97b6b
+# %% ../../nbs/handlers/02_neuron.ipynb #7abbe87e
 import time
 
 import msgspec
 import numpy as np
 
 from ..cloud.messages import Message, Plan, after_layer, blocks
+from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
+from ..cloud.telemetry import told
 from .inputs import (Arrays, Block, Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, meet,
                                  network_blocks, pack, remember, weights)
 from ..maths.network import activations, slopes, step
@@ -143,10 +145,12 @@ def handle(
     (end_batch if whole else end_layer)(plan, message, services, computed, seconds)
     if status == "open": services.ledger.finished(message, seconds)
 
-# %% ../../nbs/handlers/02_neuron.ipynb #2191cc74
+# %% ../../nbs/handlers/02_neuron.ipynb #6f847587
+@told
+@in_time
 def lambda_handler(
     event: dict,  # a `Message`
-    context,      # from Lambda, unused
+    context,      # from Lambda; None on one machine
 ) -> None:
     "NeuronLambda's entry."
     handle(msgspec.convert(event, Message), process_services())

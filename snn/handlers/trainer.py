@@ -6,14 +6,16 @@
 __all__ = ['DIRECTIONS', 'stack', 'run_forward', 'run_backward', 'run_start', 'needs', 'needed_blocks', 'next_messages', 'handle',
            'lambda_handler']
 
-# %% ../../nbs/handlers/03_trainer.ipynb #58e1e297
+# %% ../../nbs/handlers/03_trainer.ipynb #ce146033
 import time
 
 import msgspec
 import numpy as np
 
 from ..cloud.messages import Message, Plan, blocks, trainer_messages
+from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
+from ..cloud.telemetry import told
 from .inputs import Arrays, Block, Diverged, begin, end_early, finite, labels, layer_blocks, layer_weights, leads, meet, pack
 from ..maths.network import cost, cost_gradient
 from ..maths.neuron import input_gradient
@@ -115,10 +117,12 @@ def handle(
     services.bus.finish(message, following, seconds, values)
     services.ledger.finished(message, seconds)
 
-# %% ../../nbs/handlers/03_trainer.ipynb #40636a1a
+# %% ../../nbs/handlers/03_trainer.ipynb #79f530c2
+@told
+@in_time
 def lambda_handler(
     event: dict,  # a `Message`
-    context,      # from Lambda, unused
+    context,      # from Lambda; None on one machine
 ) -> None:
     "TrainerLambda's entry."
     handle(msgspec.convert(event, Message), process_services())

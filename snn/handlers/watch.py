@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['waits_for', 'mend', 'lost', 'progress', 'watch']
 
-# %% ../../nbs/handlers/05_watch.ipynb #10b2c831
+# %% ../../nbs/handlers/05_watch.ipynb #01165410
 from ..cloud.messages import Message, Plan, epoch_messages, missing
 from ..cloud.services import Services
+from ..cloud.telemetry import note
 from . import checkpoint
 
 # %% ../../nbs/handlers/05_watch.ipynb #ff66c532
@@ -22,7 +23,7 @@ def waits_for(
     waiting = [m for start in starts for m in missing(plan, start, services.runs.finished_steps(plan.run, start.batch, epoch))]
     return waiting or [Message("LaunchLambda", "next", plan.run, epoch, source=status.source, hop=hop)]
 
-# %% ../../nbs/handlers/05_watch.ipynb #a4181313
+# %% ../../nbs/handlers/05_watch.ipynb #81ae9292
 def mend(
     plan: Plan,
     services: Services,
@@ -31,6 +32,7 @@ def mend(
     messages = waits_for(plan, services)
     services.bus.send(messages)
     services.runs.count(plan.run, "mended", len(messages))
+    note(f"run {plan.run} stalled", Stalls=1)
     services.bus.settle()
     services.topic.tell(f"Run {plan.name} stalled and was mended", f"It waited for {', '.join(m.id for m in messages[:20])}. These were sent again.")
     return messages
