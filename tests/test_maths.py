@@ -189,20 +189,40 @@ def test_every_rule_is_the_one_of_its_paper(rule, rate, l2, steps):
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
 def test_pytorch_takes_the_same_steps(rule):
     torch = pytest.importorskip("torch", reason="no PyTorch to compare with")
-    parameters = make_parameters([5, 3, 1], ["tanh", "relu"], optimizer={"name": rule, "l2": .01}, learning_rate=.02)
+    parameters = make_parameters([5, 4, 3, 1], ["tanh", "relu", "leaky_relu"], optimizer={"name": rule, "l2": .01}, learning_rate=.02, batch_size=8, aggregation="mean")
     layers, rng = network.initialise(parameters, 6), np.random.default_rng(0)
-    X, Y = rng.standard_normal((6, 20)), rng.integers(0, 2, (1, 20))
+    X, Y = rng.standard_normal((6, 20)), rng.integers(0, 2, (1, 20))  # ours in three mini-batches, whose mean is what PyTorch finds at once
     W, b = ([torch.tensor(layer[i], requires_grad=True) for layer in layers] for i in (0, 1))
     groups = [{"params": W, "weight_decay": .01}, {"params": b}]
     optimizer = {"sgd": lambda: torch.optim.SGD(groups, .02), "momentum": lambda: torch.optim.SGD(groups, .02, .9), "adam": lambda: torch.optim.Adam(groups, .02)}[rule]()
     for epoch in range(10):
-        _, slopes = network.gradients(parameters, layers, X, Y)
-        layers = [network.step(parameters, layer, *slope, epoch) for layer, slope in zip(layers, slopes)]
+        _, layers = network.train_epoch(parameters, layers, X.T, Y[0], epoch)
         A = torch.tensor(X)
-        for l, kind in enumerate((torch.tanh, torch.relu, torch.sigmoid)): A = kind(W[l] @ A + b[l])
+        for l, kind in enumerate((torch.tanh, torch.relu, torch.nn.functional.leaky_relu, torch.sigmoid)): A = kind(W[l] @ A + b[l])
         optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy(A, torch.tensor(Y, dtype=torch.float64)).backward()
         optimizer.step()
     for l, layer in enumerate(layers):
         np.testing.assert_allclose(layer[0], W[l].detach().numpy(), rtol=1e-9)
         np.testing.assert_allclose(layer[1], b[l].detach().numpy(), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("momentum, l2, hidden", [(0, 0, "relu"), (0, .01, "tanh"), (.9, 0, "relu"), (.9, .01, "tanh")])
+def test_scikit_learn_takes_the_same_steps(momentum, l2, hidden):
+    neural_network = pytest.importorskip("sklearn.neural_network", reason="no scikit-learn to compare with")
+    rule = {"name": "momentum", "momentum": momentum} if momentum else {"name": "sgd"}
+    parameters = make_parameters([5, 3, 1], [hidden] * 2, optimizer={**rule, "l2": l2}, learning_rate=.02)
+    layers, rng = network.initialise(parameters, 6), np.random.default_rng(0)
+    X, Y = rng.standard_normal((20, 6)), rng.integers(0, 2, 20)
+    peer = neural_network.MLPClassifier((5, 3), hidden, solver="sgd", alpha=l2 * len(X), batch_size=len(X), learning_rate_init=.02, momentum=momentum,
+                                        nesterovs_momentum=False, shuffle=False, warm_start=True, max_iter=1, tol=0, n_iter_no_change=100)
+    with pytest.warns(): peer.fit(X, Y)  # of one epoch it says, rightly, that it is not enough
+    for l, (W, b, *_) in enumerate(layers): peer.coefs_[l][:], peer.intercepts_[l][:] = W.T, b[:, 0]
+    peer.max_iter = 10
+    with pytest.warns(): peer.fit(X, Y)
+    for epoch in range(10):
+        _, slopes = network.gradients(parameters, layers, X.T, Y[None])
+        layers = [network.step(parameters, layer, *slope, epoch) for layer, slope in zip(layers, slopes)]
+    for l, (W, b, *_) in enumerate(layers):
+        np.testing.assert_allclose(peer.coefs_[l].T, W, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(peer.intercepts_[l], b[:, 0], rtol=1e-9, atol=1e-15)

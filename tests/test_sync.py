@@ -83,6 +83,7 @@ BELOW = {  # what each room may import, itself apart; rooms that are not named h
     "serve": {"maths", "cloud", "handlers"},
     "deploy": {"maths", "cloud", "handlers"},
     "local": {"maths", "cloud", "handlers", "deploy"},  # runs what deploy has packed
+    "estimate": {"maths", "viz", "cloud", "handlers", "local"},  # is calibrated on local runs
 }
 
 

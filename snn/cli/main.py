@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'options', 'main']
 
-# %% ../../nbs/cli/99_main.ipynb #d21ec9bc
+# %% ../../nbs/cli/99_main.ipynb #135103f8
 import os
 import sys
 
@@ -15,21 +15,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import typer
 
 from .. import __version__
-from . import bench, data, deploy, model, runs, serve, stories, train
+from . import bench, data, deploy, estimate, model, runs, serve, stories, train
 from .console import Stopped, err, stop_cleanly
 from ..maths.parameters import InputError
 
-# %% ../../nbs/cli/99_main.ipynb #99020f39
+# %% ../../nbs/cli/99_main.ipynb #3e6c922c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="A neural network whose neurons are Lambda functions.")
 app.command()(train.train)
 app.command()(train.local)
 app.command()(model.predict)
 app.command()(model.evaluate)
+app.command()(estimate.estimate)
 app.command()(serve.serve)
 app.command()(stories.pipeline)
 app.command()(stories.replay)
-for command in (deploy.package, deploy.deploy, deploy.upload, deploy.watch, deploy.destroy): app.command()(command)
+for command in (deploy.package, deploy.deploy, deploy.upload, deploy.watch, deploy.approve, deploy.destroy): app.command()(command)
 for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench): app.command()(command)
 app.add_typer(data.app, name="data")
 

@@ -1,0 +1,80 @@
+"""The simulated run sends what the real one does, and behaves as waits and limits demand."""
+import msgspec
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from snn.cloud.prices import load
+from snn.estimate.designs import ORIGINAL_EPOCH, default_plan, designs, enough_workers, original, resident
+from snn.estimate.figures import assumptions, swings
+from snn.estimate.simulation import aws, simulate
+from snn.estimate.work import epoch_work
+
+GRANULARITIES = ("neuron", "layer", "network")
+
+
+@pytest.fixture(scope="module")
+def book():
+    return load()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(GRANULARITIES), st.sampled_from(("best", "mean")), st.lists(st.integers(1, 9), max_size=3), st.integers(1, 300), st.booleans())
+def test_a_simulated_epoch_has_as_many_invocations_as_are_counted(granularity, aggregation, hidden, images, stays):
+    plan = default_plan(granularity, images, (*hidden, 1), 8, aggregation=aggregation)
+    place = resident(load(), enough_workers(plan)) if stays else aws(load())
+    outcome, counted = simulate(plan, place, 3), epoch_work(plan).invocations
+    assert {name: count for name, count in outcome.invocations.items() if count} == {name: 3 * count for name, count in counted.items()}
+
+
+def test_the_same_seed_gives_the_same_run(book):
+    plan = default_plan("layer")
+    assert simulate(plan, aws(book), 3, seed=1) == simulate(plan, aws(book), 3, seed=1) != simulate(plan, aws(book), 3, seed=2)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_longer_waits_make_longer_epochs(granularity, book):
+    plan = default_plan(granularity)
+    low, usual, high = (simulate(plan, aws(book, end), 3).per_epoch for end in ("low", "value", "high"))
+    assert low < usual < high
+
+
+def test_no_epoch_is_faster_than_its_chain_of_messages(book):
+    place = aws(book, jitter=0., straggler=0.)
+    hop = book.latencies["invoke"].value + book.latencies["deliver"].value
+    for granularity, hops in (("neuron", 4 * 4 + 2), ("layer", 4 * 4 + 2), ("network", 2)):
+        assert simulate(default_plan(granularity), place, 3).per_epoch > hops * hop
+
+
+def test_no_more_functions_run_than_may(book):
+    place = msgspec.structs.replace(aws(book), concurrency=7)
+    outcome, free = simulate(default_plan(), place, 2), simulate(default_plan(), aws(book), 2)
+    assert outcome.peak <= 7 < free.peak and outcome.per_epoch > free.per_epoch
+
+
+def test_a_failure_costs_its_retry(book):
+    plan = default_plan("network")
+    assert simulate(plan, aws(book, failure=1.), 2).per_epoch > 2 * 60
+
+
+def test_functions_that_stay_are_faster_by_far(book):
+    found = designs(book, 600)
+    for granularity in GRANULARITIES: assert found[f"{granularity}, resident"].per_epoch < found[granularity].per_epoch / 2
+
+
+def test_the_original_is_simulated_within_what_is_not_known_of_it(book):
+    low, high = (simulate(default_plan(), original(book, end), 2).per_epoch for end in ("low", "high"))
+    assert low < ORIGINAL_EPOCH < high
+    assert simulate(default_plan(), original(book), 2).per_epoch > 4 * simulate(default_plan(), aws(book), 2).per_epoch
+
+
+def test_every_assumption_is_listed_with_its_source(book):
+    listed = {entry["name"]: entry for entry in assumptions(book)}
+    assert set(aws(book).times) == set(listed)
+    assert all(entry["source"] and entry["date"] and entry["unit"] for entry in listed.values())
+
+
+def test_the_tornado_moves_every_assumption_that_has_a_range(book):
+    found = swings(default_plan("network"), book, 100)
+    assert {swing.name for swing in found} == {name for name, number in book.latencies.items() if number.low != number.high}
+    widths = [abs(swing.high - swing.low) for swing in found]
+    assert widths == sorted(widths, reverse=True) and widths[0] > 0

@@ -1,0 +1,83 @@
+"""The simulated handlers ask the parameter server as often as the real ones do, and for as many bytes."""
+from collections import Counter
+
+import msgspec
+import pytest
+
+from snn.cloud.bucket import Topic, Upload
+from snn.cloud.messages import Message
+from snn.cloud.prices import load
+from snn.cloud.services import Services
+from snn.cloud.store import Outbox
+from snn.estimate.designs import default_plan
+from snn.estimate.simulation import World, aws
+from snn.handlers import inputs, launch, neuron, trainer
+from snn.local.faults import LabBucket, LabBus
+from snn.local.server import parameter_server
+from snn.maths import data
+
+HANDLERS = {"LaunchLambda": launch, "TrainerLambda": trainer, "NeuronLambda": neuron}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with parameter_server() as opened: yield opened
+
+
+@pytest.fixture
+def exchanges(monkeypatch):
+    "Counts exchanges with the parameter server."
+    count, real = [0], Outbox._exchange
+    def counted(self, commands):
+        count[0] += 1
+        return real(self, commands)
+    monkeypatch.setattr(Outbox, "_exchange", counted)
+    monkeypatch.setattr(launch, "note_meter", lambda *arguments: None)  # once a second, and not part of the protocol
+    return count
+
+
+def step(message: Message) -> str:
+    return f"{message.function} {message.direction} {message.layer}"
+
+
+def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
+    "Of real handlers, one after another, each in a process that has just begun; by step."
+    services, found = Services({"SNN_REDIS_URL": server.url}), Counter()
+    services.__dict__["bus"], services.__dict__["topic"] = LabBus(services.store), Topic()
+    services._buckets["lab"] = LabBucket({"in/datasets.h5": path.read_bytes(), "in/parameters.json": msgspec.json.encode(chosen)})
+    run = launch.start(Upload("lab", "in/datasets.h5", f"{chosen.granularity}{chosen.aggregation}"), services)
+    services.bus.settle()
+    while services.bus.sent:
+        message, before = services.bus.sent.pop(0), exchanges[0]
+        inputs.forget()
+        HANDLERS[message.function].handle(message, services)
+        services.bus.settle()
+        if message.epoch == epoch: found[step(message)] += exchanges[0] - before
+    assert services.runs.status(run).state == "finished"
+    return found
+
+
+class Counting(World):
+    "A simulation that counts requests by step."
+    def __init__(self, *arguments): super().__init__(*arguments); self.found = Counter()
+
+    def invocation(self, host, message):
+        host.message = message
+        yield from super().invocation(host, message)
+
+    def request(self, host, *arguments, **named):
+        self.found[host.message.epoch, step(host.message)] += 1
+        yield from super().request(host, *arguments, **named)
+
+
+@pytest.mark.parametrize("aggregation", ["best", "mean"])
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_each_simulated_step_asks_the_server_as_often_as_the_real_one(granularity, aggregation, server, exchanges, parameters, small_datasets, tmp_path):
+    chosen = parameters((3, 2, 1), granularity=granularity, aggregation=aggregation, epochs=4, batch_size=8)
+    path = tmp_path / "datasets.h5"
+    data.write(small_datasets(size=4, train=20, test=2), path)
+    real = real_exchanges(server, exchanges, chosen, path, 1)
+    place = msgspec.structs.replace(aws(load()), warm=False)
+    world = Counting(default_plan(granularity, 20, (3, 2, 1), 4, aggregation=aggregation, batch_size=8), place, 3)
+    world.run()
+    assert {name: count for (epoch, name), count in world.found.items() if epoch == 1} == dict(real)
