@@ -95,6 +95,11 @@ def test_ctrl_c_ends_a_bench_and_leaves_nothing(spawn, parameters_file, small_da
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_a_run_that_is_over_too_soon_is_given_more_epochs(cloud, parameters, small_datasets, tmp_path):
+    data.write(small_datasets(4, 4, 2), tmp_path / "datasets.h5")
+    assert bench.time_run(cloud, parameters((1,), epochs=2, granularity="network"), tmp_path / "datasets.h5") > 0
+
+
 # How it grows
 
 def test_everybody_takes_a_turn_in_each_repetition():
@@ -140,7 +145,7 @@ def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data
 
 # Half the bytes
 
-@pytest.mark.parametrize("granularity, aggregation", product(GRANULARITIES, ("best", "mean")))
+@pytest.mark.parametrize("granularity, aggregation", [*product(GRANULARITIES, ("best", "mean"))])
 def test_float32_gives_what_float64_gives_as_far_as_it_can_hold_it(granularity, aggregation, cloud, parameters, small_data, start_run, finished, weights_of):
     chosen, found = parameters((6, 4, 1), "tanh", epochs=10, granularity=granularity, aggregation=aggregation, learning_rate=.05), data.read(small_data)
     *_, (_, layers) = network.train(chosen, data.standardise(found.train_x), found.train_y)

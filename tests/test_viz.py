@@ -1,4 +1,5 @@
 """Pictures: each is a labelled figure, nothing on it is cut off, and nobody needs to tell red from green."""
+from collections import namedtuple
 from io import BytesIO
 from itertools import combinations
 
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from snn.maths import model, network
-from snn.viz import answers, learning, neurons, structure, style
+from snn.viz import answers, learning, neurons, speed, structure, style
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,11 @@ def trained(parameters, small_datasets) -> model.Model:
 def images(small_datasets) -> np.ndarray:
     return small_datasets().test_x
 
+
+Timing, Point = namedtuple("Timing", "name median fastest slowest ratio"), namedtuple("Point", "name value median fastest slowest")
+Line, Moment = namedtuple("Line", "once each"), namedtuple("Moment", "epoch seconds memory")
+WHO = ("plain NumPy", "network", "layer", "neuron", "scikit-learn")
+KINDS = ("mathematics", "round trips", "serialisation", "dispatch", "waiting")
 
 PICTURES = {
     "architecture": lambda trained, images: structure.architecture(),
@@ -55,6 +61,14 @@ PICTURES = {
     "trust": lambda trained, images: answers.trust(37, 50, .66),
     "trust in one image": lambda trained, images: answers.trust(1, 1, 1.),
     "told": lambda trained, images: answers.told(images[:3], np.array([.2, .9, .5]), ("non-cat", "cat"), np.array([0, 0, 1]), "Told"),
+    "ratios": lambda trained, images: speed.ratios([Timing(name, .01 * 3 ** i, .009 * 3 ** i, .02 * 3 ** i, 3 ** i) for i, name in enumerate(WHO)]),
+    "ratio of one": lambda trained, images: speed.ratios([Timing("plain NumPy", .01, .01, .01, 1)]),
+    "where time goes": lambda trained, images: speed.where_time_goes({name: dict.fromkeys(KINDS, .001 * 5 ** i) for i, name in enumerate(WHO[1:4])}, .02),
+    "workers at work": lambda trained, images: speed.workers_at_work([[(kind, i / 100, (i + 1) / 100) for i, kind in enumerate(KINDS)]] * 3, "Three workers"),
+    "growth": lambda trained, images: speed.growth([Point(name, n, n / 1e4, n / 2e4, n / 5e3) for name in WHO for n in (20, 200, 2000)], {name: Line(1e-3, 1e-4) for name in WHO}, "images", "More"),
+    "a long run": lambda trained, images: speed.lasting({name: [Moment(n, .002, 2e6) for n in (100, 1000, 5000)] for name in WHO[1:3]}),
+    "speed-up": lambda trained, images: speed.speed_up([Point(name, n, 1 / n, 0, 0) for name in WHO[1:4] for n in (1, 2, 4)]),
+    "speed-up of one": lambda trained, images: speed.speed_up([Point("layer", 1, 1, 0, 0)]),
 }
 
 

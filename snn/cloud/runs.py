@@ -32,7 +32,11 @@ class Status(Struct, omit_defaults=False):
     since: float = 0.0         # when that was, in seconds since 1970
     cut: bool = False          # is it ended by `max_cost` or `deadline`?
 
-# %% ../../nbs/cloud/03_runs.ipynb #d5ee7aa1
+# %% ../../nbs/cloud/03_runs.ipynb #97425d31
+def _number(run: str) -> int:
+    "Which resumption a run is; 0 for none."
+    return int(run.partition("~")[2] or 0)
+
 class Runs:
     "The records of all runs on one parameter server."
     def __init__(self,
@@ -47,6 +51,7 @@ class Runs:
         first = self.client.hsetnx(f"{tag(plan.run)}:run", "plan", msgspec.json.encode(plan))
         self.client.expire(f"{tag(plan.run)}:run", self.ttl)
         self.client.zadd("snn:runs", {plan.run: time.time()}, nx=True)
+        if _number(plan.run) > _number(self.newest(plan.name)): self.client.hset("snn:newest", plan.name, plan.run)
         return bool(first)
 
     def _plan(self, run: str) -> Plan:
@@ -114,9 +119,7 @@ class Runs:
 
     def newest(self, name: str) -> str:
         "The run of that name, or its newest resumption."
-        number = 0
-        while self.knows(f"{name}~{number + 1}"): number += 1
-        return f"{name}~{number}" if number else name
+        return (self.store.now("HGET", "snn:newest", name) or name.encode()).decode()
 
     def names(self) -> list[str]:
         "All runs that this server knows, oldest first."

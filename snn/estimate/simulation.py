@@ -58,7 +58,7 @@ def aws(
               "concurrency": round(book.quotas["concurrency"].value), "scaling": book.quotas["scaling"].value}
     return Place({**times, **changes}, memory=memory, **limits)
 
-# %% ../../nbs/estimate/02_simulation.ipynb #2108ddf8
+# %% ../../nbs/estimate/02_simulation.ipynb #a7dc22d3
 class Sums(NamedTuple):
     "What an invocation computes."
     multiply_adds: int
@@ -87,7 +87,7 @@ def arithmetic(
         if message.direction == "forward": return Sums(0, 4 * item * n * m)
         return _product(k, n, m, item) if message.layer > 1 else Sums(0, 0)
     if message.direction == "forward": return _product(message.count, k, m, item)
-    return _product(message.count, m, k, item) + Sums(0, 3 * item * message.count * k * message.learn)
+    return _product(message.count, m, k, item) + Sums(0, 8 * item * message.count * k * message.learn)
 
 # %% ../../nbs/estimate/02_simulation.ipynb #e065291b
 def _simpy():
@@ -276,7 +276,7 @@ class Outcome(NamedTuple):
         "Seconds per epoch, without the first, in which everything starts."
         return self.epochs[0] if len(self.epochs) == 1 else (self.epochs[-1] - self.epochs[0]) / (len(self.epochs) - 1)
 
-# %% ../../nbs/estimate/02_simulation.ipynb #23ef07b8
+# %% ../../nbs/estimate/02_simulation.ipynb #e316acdc
 class World(Pools):
     "A place, and a run in it."
     def __init__(self,
@@ -349,7 +349,7 @@ class World(Pools):
             host.fetched = True
             yield from self.wait("s3")
             yield self.clock.timeout(self.plan.images * self.plan.inputs / self.times["function_bandwidth"])
-        if not host.recalls(message.epoch, (message.batch, "A0")): yield from self.compute(2 * size * self.times["touch"], host.function)
+        if not host.recalls(message.epoch, (message.batch, "A0")): yield from self.compute(8 * size * self.times["touch"], host.function)  # chosen, converted, divided
 
     def leads(self, host: Host, message: Message) -> Iterator: # -> bool
         "Is the mini-batch's gradient still needed? The parameter server knows who leads."

@@ -68,7 +68,7 @@ def make_plan(
     return Plan(run, parameters, upload.bucket, f"training_data/{run}.npz", len(kept), datasets.train_x[0].size, datasets.size,
                 datasets.classes, upload.etag, datetime.now(UTC).strftime(NAME))
 
-# %% ../../nbs/handlers/06_launch.ipynb #0323dacc
+# %% ../../nbs/handlers/06_launch.ipynb #9ac08652
 def start(
     upload: Upload,
     services: Services,
@@ -78,7 +78,10 @@ def start(
     parameters = parse(services.bucket(upload.bucket).get(where), f"s3://{upload.bucket}/{where}")
     datasets = read_datasets(upload, services)
     plan = make_plan(upload, parameters, datasets)
-    if services.runs.knows(plan.run) and services.runs.status(plan.run).state != "running": return plan.run  # it has ended
+    newest = services.runs.newest(plan.run)
+    known = services.runs.knows(newest)
+    if known and (newest != plan.run or services.runs.status(newest).state != "running"): return newest       # taken up again, or ended
+    if not known and checkpoint.has_plan(plan, services): return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
     _leave_images(plan, datasets, services)
     checkpoint.leave_plan(plan, services)
     services.runs.begin(plan)

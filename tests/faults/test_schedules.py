@@ -50,6 +50,10 @@ def test_any_schedule_of_faults_ends_with_the_same_bytes(server, all_faults):
     survives()
 
 
+def test_messages_of_a_run_that_the_server_has_forgotten_twice_do_not_reach_the_third(server):
+    check(server.url, "neuron", "best", Schedule(37, ("duplicate", "die", "lose", "delay", "amnesia", "twins", "refuse"), .067036))
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
 def test_the_default_network_survives_on_photographs(server, all_faults, real_data, root, granularity):
