@@ -184,6 +184,7 @@ BAD_VALUES = {
     "layers without neurons": ({"layers": 3, "activations": {"layer1": "relu", "layer2": "relu", "layer3": "sigmoid"}}, ["layers is 3, but neurons has no layer3"]),
     "layers without activations": ({"layers": 3, "neurons": {"layer1": 3, "layer2": 2, "layer3": 1}}, ["layers is 3, but activations has no layer3"]),
     "more neurons than layers": ({"layers": 1}, ["neurons has layer2, but layers is 1"]),
+    "a layer too wide for single neurons": ({"neurons": {"layer1": 8000, "layer2": 1}, "granularity": "neuron"}, ["neurons.layer1 is 8000", "at most 7000"]),
     "a layer zero": ({"neurons": {"layer0": 3, "layer1": 3, "layer2": 1}}, ["neurons has layer0, but layers is 2"]),
     "unknown activation": ({"activations": {"layer1": "softmax", "layer2": "sigmoid"}}, ['activations.layer1 holds "softmax"', "relu, leaky_relu, tanh or sigmoid"]),
     "last layer of two": ({"neurons": {"layer1": 3, "layer2": 2}}, ["the last layer must be one sigmoid neuron", "neurons.layer2 is 2"]),

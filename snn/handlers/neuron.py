@@ -6,13 +6,13 @@
 __all__ = ['DIRECTIONS', 'block_of', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'end_layer',
            'end_batch', 'handle', 'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #7abbe87e
+# %% ../../nbs/handlers/02_neuron.ipynb #547e6988
 import time
 
 import msgspec
 import numpy as np
 
-from ..cloud.messages import Message, Plan, after_layer, blocks
+from ..cloud.messages import Message, Plan, after_layer, block_count
 from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
@@ -95,7 +95,7 @@ def run_network(
         computed |= after_step(plan, message, l, 0, old, dW, db)
     return computed
 
-# %% ../../nbs/handlers/02_neuron.ipynb #7a800deb
+# %% ../../nbs/handlers/02_neuron.ipynb #bfe08cdc
 def needs(
     message: Message,
 ) -> list[str]:
@@ -111,7 +111,7 @@ def end_layer(
     seconds: float,    # since the invocation began
 ) -> None:
     "Join the layer's other blocks."
-    services.bus.join(message, len(blocks(plan.parameters, message.layer)), after_layer(message), seconds, pack(message, computed))
+    services.bus.join(message, block_count(plan.parameters, message.layer), after_layer(message), seconds, pack(message, computed))
 
 def end_batch(
     plan: Plan,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'Rule', 'InputError', 'Optimizer', 'Parameters', 'from_dict', 'parse', 'read']
+           'Dtype', 'Rule', 'WIDEST', 'InputError', 'Optimizer', 'Parameters', 'from_dict', 'parse', 'read']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -122,7 +122,9 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
     except msgspec.ValidationError:
         raise InputError(f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}") from None
 
-# %% ../../nbs/maths/01_parameters.ipynb #340b38fa
+# %% ../../nbs/maths/01_parameters.ipynb #5716838f
+WIDEST = 7000  # neurons that are asked one by one; a script on the parameter server takes no more than about 8,000 messages or rows at once
+
 def _check_layers(parameters: Parameters) -> None:
     "Raise an `InputError` where `layers`, `neurons` and `activations` disagree."
     expected = [f"layer{l}" for l in range(1, parameters.layers + 1)]
@@ -132,6 +134,8 @@ def _check_layers(parameters: Parameters) -> None:
             if layer not in given: raise InputError(f"layers is {parameters.layers}, but {key} has no {layer}")
         for layer in given:
             if layer not in expected: raise InputError(f"{key} has {layer}, but layers is {parameters.layers}")
+        if key == "neurons" and parameters.granularity == "neuron" and (wide := [l for l in expected if given[l] > WIDEST]):
+            raise InputError(f"neurons.{wide[0]} is {given[wide[0]]}, but with granularity neuron a layer may have at most {WIDEST}; layer and network know no limit")
     last = expected[-1]
     if parameters.neurons[last] != 1 or parameters.activations[last] != "sigmoid":
         raise InputError(f"the last layer must be one sigmoid neuron, but neurons.{last} is "
