@@ -6,7 +6,7 @@
 __all__ = ['ARN', 'SERVICES', 'START', 'NAMES', 'Connection', 'Function', 'Invocation', 'addresses', 'Environment', 'wrong',
            'Pool', 'letter', 'Runtime', 'functions', 'announced', 'LambdaWorkers']
 
-# %% ../../nbs/local/07_lambda_runtime.ipynb #e2bf4f52
+# %% ../../nbs/local/07_lambda_runtime.ipynb #8de8f3fe
 import asyncio
 import json
 import os
@@ -26,6 +26,7 @@ from ..cloud.bus import Envelope
 from ..cloud.services import Services
 from ..deploy.package import HANDLERS, build, unzip
 from ..deploy.wheels import Target, find_python, here
+from .server import KEEP_MEMORY
 from .worker import SETTINGS, TRIES, cores
 from ..maths.parameters import InputError
 
@@ -237,7 +238,7 @@ class Runtime:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/local/07_lambda_runtime.ipynb #8b02da85
+# %% ../../nbs/local/07_lambda_runtime.ipynb #5ade17e5
 NAMES = {"LaunchLambda": "snn.handlers.launch", "TrainerLambda": "snn.handlers.trainer", "NeuronLambda": "snn.handlers.neuron"}
 
 def functions(
@@ -248,7 +249,8 @@ def functions(
     "The three functions, from their packages."
     folders = {module: unzip(build(package, target)) for package, modules in HANDLERS.items() for module in modules}
     given = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "HOME"}
-    told = {**given, **SETTINGS, **environment, "SNN_FUNCTIONS": ",".join(NAMES), "POWERTOOLS_SERVICE_NAME": "snn"}
+    settings = {name: value for name, value in SETTINGS.items() if name not in KEEP_MEMORY}  # a reserve for each of a sender's 16 threads would be a gigabyte
+    told = {**given, **settings, **environment, "SNN_FUNCTIONS": ",".join(NAMES), "POWERTOOLS_SERVICE_NAME": "snn"}
     return [Function(name, f"{module}.lambda_handler", folders[module], told, timeout=60, concurrency=1 if name == "LaunchLambda" else concurrency)
             for name, module in NAMES.items()]
 
