@@ -53,7 +53,7 @@ def test_train_says_its_outcome_as_json(training, small_data):
     assert code == 0 and "Traceback" not in error
     assert list(outcome) == ["run", "reason", "epochs", "cost", "evaluation", "invocations", "duplicates", "seconds", "files"]
     assert outcome["reason"] == "all 6 epochs are done" and outcome["epochs"] == 6
-    assert outcome["invocations"] == 1 + 6 * (1 + 3 * 3) and outcome["duplicates"] == 0
+    assert outcome["invocations"] == 1 + 6 * (1 + 3) and outcome["duplicates"] == 0
     assert outcome["evaluation"]["images"] == 42 and sum(map(sum, outcome["evaluation"]["confusion"])) == 42
     assert outcome["files"] == {name: str(out / name) for name in ("results.json", "run.json", "params.h5", "cost.png")}
 

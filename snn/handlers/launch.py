@@ -68,7 +68,7 @@ def make_plan(
     return Plan(run, parameters, upload.bucket, f"training_data/{run}.npz", len(kept), datasets.train_x[0].size, datasets.size,
                 datasets.classes, upload.etag, datetime.now(UTC).strftime(NAME))
 
-# %% ../../nbs/handlers/06_launch.ipynb #9ac08652
+# %% ../../nbs/handlers/06_launch.ipynb #3f5fbdea
 def start(
     upload: Upload,
     services: Services,
@@ -78,13 +78,13 @@ def start(
     parameters = parse(services.bucket(upload.bucket).get(where), f"s3://{upload.bucket}/{where}")
     datasets = read_datasets(upload, services)
     plan = make_plan(upload, parameters, datasets)
-    newest = services.runs.newest(plan.run)
-    known = services.runs.knows(newest)
+    begun, newest = checkpoint.has_plan(plan, services), services.runs.newest(plan.run)  # in this order, and below in the other:
+    known = services.runs.knows(newest)                                                   # who sees the plan knows of the run
     if known and (newest != plan.run or services.runs.status(newest).state != "running"): return newest       # taken up again, or ended
-    if not known and checkpoint.has_plan(plan, services): return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
+    if begun and not known: return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
+    services.runs.begin(plan)
     _leave_images(plan, datasets, services)
     checkpoint.leave_plan(plan, services)
-    services.runs.begin(plan)
     message, began = Message("LaunchLambda", "start", plan.run, epoch=0), time.perf_counter()
     status, _ = begin(message, services, [])
     if status != "open": return plan.run

@@ -137,7 +137,7 @@ def test_dashboard_and_alarms_look_for_metrics_that_are_written(lines):
         alarm = render(resource["Properties"], GIVEN, {})
         wanted.add((alarm["Namespace"], alarm["MetricName"], frozenset((d["Name"], d["Value"]) for d in alarm["Dimensions"])))
     ours = {metric for metric in wanted if metric[0] == NAMESPACE}
-    assert {name for _, name, _ in ours} == {"Cost", "Invocations", "Duplicates", "Stalls", "Duration"}
+    assert {name for _, name, _ in ours} == {"Cost", "Spent", "Invocations", "Duplicates", "Stalls", "Duration"}
     seldom = {metric for metric in ours if metric[1] == "Duplicates"}   # only a neuron has met one here
     assert ours - seldom <= emitted(lines) and seldom & emitted(lines)
     # Those of AWS itself are of functions and queues that there are.
