@@ -13,14 +13,15 @@ PACKAGES = {
     "training": ["numpy", "redis", "hiredis", "msgspec", "aws-lambda-powertools"],  # TrainerLambda and NeuronLambda
     "launch": ["numpy", "redis", "hiredis", "msgspec", "aws-lambda-powertools", "h5py"],
     "runtime": ["awslambdaric", "boto3"],  # what Lambda itself provides, for functions on this machine
+    "python311": ["async-timeout"],  # redis needs it before 3.11.3; pip looks at its own Python there, not at the package's
     # The Prediction API's image, see infra/service/Dockerfile; setuptools installs snn itself and does not stay.
     "service": ["numpy", "h5py", "msgspec", "pillow", "typer", "rich", "fastapi", "uvicorn", "httptools", "uvloop", "python-multipart",
                 "httpcore2", "prometheus-client", "redis", "setuptools"],  # redis: the snn command imports it for its other uses
 }
-PYTHONS = {"service": ["3.13"]}  # the image's own
+PYTHONS = {"service": ["3.13"], "python311": ["3.11"]}  # service: the image's own
 ANY = ["3.11", "3.12", "3.13", "3.14"]
 LINUX = [["manylinux_2_28_aarch64", "manylinux_2_17_aarch64"], ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64"]]
-PLATFORMS = {"training": [*LINUX, ["macosx_14_0_arm64"]], "launch": [*LINUX, ["macosx_14_0_arm64"]],
+PLATFORMS = {"training": [*LINUX, ["macosx_14_0_arm64"]], "launch": [*LINUX, ["macosx_14_0_arm64"]], "python311": LINUX,
              "runtime": LINUX, "service": LINUX}  # awslambdaric has no wheels for others
 
 

@@ -44,7 +44,7 @@ def _table(found: dict) -> Table:
     for name in next(iter(rows.values())): table.add_row(name.rstrip(), *(columns[name] for columns in rows.values()))
     return table
 
-# %% ../../nbs/cli/07_estimate.ipynb #22238684
+# %% ../../nbs/cli/07_estimate.ipynb #ab43f23a
 def best(
     found: dict,  # estimates by granularity
 ) -> tuple[str, str]: # the cheapest and the fastest granularity
@@ -55,6 +55,11 @@ def _verdict(found: dict) -> str:
     cheapest, fastest = best(found)
     says = lambda g: f"{g}, {money(found[g].dollars.value)} and {duration(found[g].seconds.value)}"
     return f"Cheapest and fastest: {says(cheapest)}." if cheapest == fastest else f"Cheapest: {says(cheapest)}. Fastest: {says(fastest)}."
+
+def _staying(found: dict, stay: dict) -> str:
+    "What functions that stay would change."
+    says = [f"{g} with \"residents\": {count} {money(e.dollars.value)} and {duration(e.seconds.value)}" for g, (count, e) in stay.items()]
+    return f"If functions stay: {'; '.join(says)}."
 
 def _warnings(found: dict) -> list[str]:
     "Limits that a run would pass."
@@ -76,10 +81,13 @@ def estimate(
     chosen, book = chosen_parameters(parameters), load(prices, region)
     plan = estimating.planned(chosen, *estimating.data_size(data))
     found = estimating.estimates(plan, book, epochs, (granularity,) if granularity else GRANULARITIES)
+    stay = {} if chosen.residents else estimating.with_functions_that_stay(plan, book, epochs, tuple(found))
     if json: return print_json({"region": region, "images": plan.images, "size": plan.size, "batches": plan.batches, "estimates": found,
+                                "residents": {g: {"residents": count, "estimate": e} for g, (count, e) in stay.items()},
                                 **(dict(zip(("cheapest", "fastest"), best(found))))})
     out.print(f"{plan.images} images of {plan.size}x{plan.size} pixels in {plan.batches} mini-batches, {'-'.join(map(str, chosen.sizes))} neurons, prices of {region}.\n", markup=False)
     out.print(_table(found))
     out.print(f"\n{_verdict(found)}", markup=False)
+    if stay: out.print(_staying(found, stay), markup=False)
     for line in _warnings(found): out.print(line, markup=False)
     out.print("Times are simulated; probably: nine in ten draws of what is not known. Free tiers are not taken off.", markup=False)

@@ -5,25 +5,29 @@
 # %% auto #0
 __all__ = ['QUEUE', 'DEAD', 'TAKE', 'Bus', 'LambdaBus', 'Envelope', 'taken_by', 'meant_for', 'letter', 'Queue']
 
-# %% ../../nbs/cloud/05_bus.ipynb #83f7622b
+# %% ../../nbs/cloud/05_bus.ipynb #ebe6b588
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import msgspec
 import redis
 from msgspec import Raw, Struct
 
-from .messages import Message
+from .messages import Message, Plan
 from .store import Store
 
-# %% ../../nbs/cloud/05_bus.ipynb #0484fa9b
+# %% ../../nbs/cloud/05_bus.ipynb #b12ab6d8
 class Bus:
     "How a handler sends messages, and meets others at a barrier."
     store: Store
 
     def send(self, messages: Sequence[Message]) -> None:
         raise NotImplementedError
+
+    def ready(self, plan: Plan) -> None:
+        "See to it that somebody is there for the messages of a run that begins or goes on."
 
     def settle(self) -> None:
         "An invocation ends. The process may be frozen now, so nothing may wait any longer."
@@ -47,18 +51,41 @@ class LambdaBus(Bus):
         client,                 # boto3 client of Lambda
         names: dict[str, str],  # LaunchLambda, TrainerLambda, NeuronLambda -> names of the deployed functions
         store: Store,           # whose waiting commands go first
+        residents: Container[str]=(), # runs whose functions stay, see `snn.cloud.residents`
     ):
-        self.client, self.names, self.store, self.threads = client, names, store, ThreadPoolExecutor(16)
+        self.client, self.names, self.store, self.residents, self.threads = client, names, store, residents, ThreadPoolExecutor(16)
+        self.freezes = True     # may Lambda freeze the process when an invocation ends?
 
-    def _invoke(self, message: Message) -> None:
-        self.client.invoke(FunctionName=self.names[message.function], InvocationType="Event", Payload=msgspec.json.encode(message))
+    def _invoke(self, event: Struct) -> None: # a `Message` or a `Seat`
+        self.client.invoke(FunctionName=self.names[event.function], InvocationType="Event", Payload=msgspec.json.encode(event))
+
+    def call(self, events: Sequence[Struct]) -> None:
+        "Invoke each event's function; returns when Lambda has accepted all."
+        if len(events) == 1: self._invoke(events[0])
+        else: list(self.threads.map(self._invoke, events))
 
     def send(self, messages: Sequence[Message]) -> None:
-        "Invoke each message's function; returns when Lambda has accepted all."
+        "Invoke each message's function, or put it where a function that stays will find it."
         if not messages: return
+        if messages[0].run in self.residents: return self.residents.send(messages)
         self.store.flush()
-        if len(messages) == 1: self._invoke(messages[0])
-        else: list(self.threads.map(self._invoke, messages))
+        self.call(messages)
+
+    def ready(self, plan: Plan) -> None:
+        "Call functions to the seats that are vacant, if this run's functions stay."
+        if plan.run in self.residents: self.call(self.residents.vacant(plan))
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        "While a function stays, an invocation's end is not the process's, and what waits may go with the next request."
+        self.freezes = False
+        try: yield
+        finally: self.freezes = True
+
+    def settle(self) -> None:
+        "The same as of every bus, unless the function stays."
+        if self.freezes: super().settle()
+        else: self.store.meter.end()
 
 # %% ../../nbs/cloud/05_bus.ipynb #bc0abfe9
 class Envelope(Struct):

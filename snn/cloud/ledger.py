@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FUNCTIONS', 'KEEP', 'Count', 'Entry', 'StoreLedger', 'DynamoLedger', 'create_tables']
 
-# %% ../../nbs/cloud/04_ledger.ipynb #7753effb
+# %% ../../nbs/cloud/04_ledger.ipynb #293c812b
 import time
+from collections.abc import Container
 from typing import NamedTuple
 
 from .messages import ALL, Message, Plan
@@ -72,7 +73,7 @@ class StoreLedger:
         total = lambda function, name: sum(int(record.get(f"{function}:{name}".encode(), 0)) for record in records)
         return {function: Count(*(total(function, name) for name in Count._fields)) for function in FUNCTIONS}
 
-# %% ../../nbs/cloud/04_ledger.ipynb #9ec1fbf3
+# %% ../../nbs/cloud/04_ledger.ipynb #bfd0f233
 KEEP = 30 * 24 * 3600  # seconds that an item is kept
 
 class DynamoLedger(StoreLedger):
@@ -81,9 +82,10 @@ class DynamoLedger(StoreLedger):
         store: Store,
         dynamodb,        # boto3 client
         prefix: str="",  # of the tables' names
+        residents: Container[str]=(), # runs whose functions stay
     ):
         super().__init__(store)
-        self.dynamodb, self.prefix = dynamodb, prefix
+        self.dynamodb, self.prefix, self.residents = dynamodb, prefix, residents
 
     def _update(self, table: str, key: dict, expression: str, values: dict, names: dict = {}, condition: str | None = None):
         extra = {"ConditionExpression": condition} if condition else {}
@@ -95,12 +97,14 @@ class DynamoLedger(StoreLedger):
 
     def started(self, message: Message) -> None:
         "Count an attempt."
+        if message.run in self.residents: return
         self._update(message.function, {"invID": {"S": message.id}},
                      "SET cnt = if_not_exists(cnt, :zero), started = if_not_exists(started, :now), expires = :expires ADD attempts :one",
                      {":zero": {"N": "0"}, ":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}})
 
     def finished(self, message: Message, seconds: float) -> None:
         "Record the end and the duration, once."
+        if message.run in self.residents: return
         self._update(message.function, {"invID": {"S": message.id}},
                      "SET cnt = :one, finished = :now, microseconds = :took, expires = :expires",
                      {":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}, ":took": {"N": str(round(seconds * 1e6))}},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCOUNT', 'Services', 'process_services']
 
-# %% ../../nbs/cloud/07_services.ipynb #a7fd0adf
+# %% ../../nbs/cloud/07_services.ipynb #e212ae6c
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .bucket import Bucket, Topic
 from .bus import LambdaBus, Queue
 from .ledger import DynamoLedger, StoreLedger
+from .residents import Residents
 from .runs import Runs
 from .store import Store, connect
 
@@ -28,7 +29,7 @@ def _client(service: str, environment: Mapping[str, str]):
     from botocore.config import Config
     return boto3.client(service, config=Config(max_pool_connections=16), **{option: environment[name] for name, option in ACCOUNT.items() if environment.get(name)})
 
-# %% ../../nbs/cloud/07_services.ipynb #3c50c074
+# %% ../../nbs/cloud/07_services.ipynb #bc134beb
 class Services:
     "Store, runs, ledger, bus, buckets and topic of one process; each is made when first used."
     def __init__(self,
@@ -53,13 +54,16 @@ class Services:
     @cached_property
     def ledger(self) -> StoreLedger:
         if self.environment.get("SNN_LEDGER") != "dynamodb": return StoreLedger(self.store)
-        return DynamoLedger(self.store, _client("dynamodb", self.environment), self.environment.get("SNN_TABLES", ""))
+        return DynamoLedger(self.store, _client("dynamodb", self.environment), self.environment.get("SNN_TABLES", ""), self.residents)
+
+    @cached_property
+    def residents(self) -> Residents: return Residents(self.store, self.runs)
 
     @cached_property
     def bus(self) -> LambdaBus | Queue:
         functions = self.environment.get("SNN_FUNCTIONS")
         if not functions: return Queue(self.store, int(self.environment.get("SNN_WORKERS", "1")))
-        return LambdaBus(_client("lambda", self.environment), dict(zip(("LaunchLambda", "TrainerLambda", "NeuronLambda"), functions.split(","))), self.store)
+        return LambdaBus(_client("lambda", self.environment), dict(zip(("LaunchLambda", "TrainerLambda", "NeuronLambda"), functions.split(","))), self.store, self.residents)
 
     @cached_property
     def topic(self) -> Topic:

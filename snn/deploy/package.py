@@ -145,7 +145,7 @@ def _digest(files: dict[str, bytes], *more: str) -> str:
     for name in sorted(files): digest.update(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/deploy/02_package.ipynb #4502b589
+# %% ../../nbs/deploy/02_package.ipynb #8369ac4b
 def _forget(folder: Path, keep: int=24, seconds: float=24 * 3600) -> None:
     "Remove all but the newest packages, if they are old."
     oldest_last = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -165,7 +165,8 @@ def build(
     target: Target=Target(),
 ) -> Package:
     "Build a package, or find it built; raises `InputError` if it is larger than it may be."
-    ours, found, python = our_files(HANDLERS.get(name, [])), wheels(name, target), find_python(target.python)
+    also = wheels("python311", target) if name in HANDLERS and target.python == "3.11" else []  # only ever for functions on this machine
+    ours, found, python = our_files(HANDLERS.get(name, [])), wheels(name, target) + also, find_python(target.python)
     compiler = subprocess.run([python, "-VV"], capture_output=True, text=True).stdout if python else ""
     builder = Path(snn.__file__).with_name("deploy").joinpath("package.py").read_text()  # a change here makes another package, too
     how = "\n".join([*target, *(wheel.name for wheel in found), (build_folder() / f"{name}.txt").read_text(), compiler, builder])

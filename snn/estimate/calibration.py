@@ -24,11 +24,11 @@ from ..local.cloud import LocalCloud
 from ..local.worker import cores
 from ..maths.parameters import Parameters
 
-# %% ../../nbs/estimate/05_calibration.ipynb #b5732c8c
+# %% ../../nbs/estimate/05_calibration.ipynb #1ac8cec2
 START = {"handler": 4e-4, "request": 1.2e-4, "byte": 4e-10, "multiply_add": 6e-11}  # where the fit begins: seconds
 LAMBDA = {"api_call": 2e-3, "overhead": 1e-3}
 NOTHING = dict.fromkeys(("invoke", "deliver", "jitter", "straggler", "failure", "retry", "placement", "init", "connect", "overhead", "round_trip", "dynamodb", "s3",
-                         "api_call"), 0.) | {"node_bandwidth": 1e12, "function_bandwidth": 1e12, "vcpu_memory": 1769.}
+                         "api_call", "tell"), 0.) | {"node_bandwidth": 1e12, "function_bandwidth": 1e12, "vcpu_memory": 1769.}
 
 def here(
     times: dict[str, float],  # that were fitted
@@ -38,8 +38,8 @@ def here(
     "This machine. A request costs the parameter server half of what it costs the client, and a byte of an operand a sixth of a multiplication."
     workers = workers or cores()
     all_times = NOTHING | times | {"command": times["request"] / 2, "touch": times["multiply_add"] / 6}
-    if runtime == "inline": return Place(all_times, "queue", dict.fromkeys(FUNCTIONS, workers), cores=cores(), ledger=False)
-    return Place(all_times, "invoke", dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 1}, cores=cores(), ledger=False, scaling=1e6)
+    if runtime == "inline": return Place(all_times, "queue", dict.fromkeys(FUNCTIONS, workers), cores=cores(), ledger=False, costs=False)
+    return Place(all_times, "invoke", dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 3}, cores=cores(), ledger=False, costs=False, scaling=1e6)
 
 # %% ../../nbs/estimate/05_calibration.ipynb #cb015f00
 class Run(NamedTuple):

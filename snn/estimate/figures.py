@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['AIMS', 'LARGE', 'Swing', 'swings', 'assumptions', 'tornado', 'predicted_and_measured', 'Design', 'priced',
-           'side_by_side', 'Growth', 'growth', 'grown']
+           'side_by_side', 'numbers_of_residents', 'by_residents', 'Growth', 'growth', 'grown']
 
-# %% ../../nbs/estimate/06_figures.ipynb #5b53d4b4
+# %% ../../nbs/estimate/06_figures.ipynb #5e70c253
 from typing import NamedTuple
 
 import msgspec
 from matplotlib.figure import Figure
 
 from ..cloud.messages import Plan
-from ..cloud.meter import Usage, bill
+from ..cloud.meter import bill
 from ..cloud.prices import Book
 from .calibration import Point
-from .designs import ORIGINAL_EPOCH, STAY, default_plan, designs, enough_workers, resident
-from .estimate import run_seconds, usage_of
-from .simulation import Outcome, aws, enough_epochs, simulate
+from .designs import ORIGINAL_EPOCH, default_plan, designs, with_residents
+from .estimate import paid_for, run_seconds
+from .simulation import Outcome, aws, enough_epochs, on_aws, simulate
 from .work import run_work
 from ..viz.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, SKY, VERMILLION, sheet
 
-# %% ../../nbs/estimate/06_figures.ipynb #b3d4c33d
+# %% ../../nbs/estimate/06_figures.ipynb #3fecf900
 class Swing(NamedTuple):
     "What a number does to the time of an epoch."
     name: str
@@ -39,7 +39,7 @@ def swings(
     found, epochs = [], enough_epochs(plan, messages)
     for name, number in book.latencies.items():
         if number.low == number.high: continue
-        low, high = (simulate(plan, aws(book, **{name: value}), epochs).per_epoch for value in (number.low, number.high))
+        low, high = (simulate(plan, on_aws(plan, book, **{name: value}), epochs).per_epoch for value in (number.low, number.high))
         found.append(Swing(name, low, high, f"{number.low:g} to {number.high:g} {number.unit}"))
     return sorted(found, key=lambda swing: -abs(swing.high - swing.low))
 
@@ -84,7 +84,7 @@ def predicted_and_measured(
     axis.legend(fontsize=7)
     return figure
 
-# %% ../../nbs/estimate/06_figures.ipynb #00d279cb
+# %% ../../nbs/estimate/06_figures.ipynb #4bed1f23
 AIMS = {"neuron": (30 * 60, 1.), "network": (5 * 60, .1)}  # seconds and USD, for the default network
 
 class Design(NamedTuple):
@@ -92,13 +92,6 @@ class Design(NamedTuple):
     name: str
     seconds: float  # of the run
     dollars: float
-
-def _resident_usage(plan: Plan, outcome: Outcome, epochs: int) -> Usage:
-    "Functions that stay are paid for as long as they stay, idle or not, and the ledger's copy is one write per function and epoch."
-    seconds, workers = run_seconds(outcome, epochs), enough_workers(plan)
-    invocations = workers * (1 + int(seconds // STAY)) + 1
-    return Usage({"NeuronLambda": invocations}, {"NeuronLambda": workers * seconds}, {"NeuronLambda": workers}, {"NeuronLambda": .5 * workers},
-                 invocations, 4 * epochs, 7, workers + 2, 2, seconds / 3600)
 
 def priced(
     found: dict[str, Outcome],  # from `designs`
@@ -109,7 +102,8 @@ def priced(
     result = []
     for name, outcome in found.items():
         plan = default_plan("neuron" if name == "original" else name.split(",")[0])
-        usage = _resident_usage(plan, outcome, epochs) if "resident" in name else usage_of(plan, outcome, epochs, run_work(plan, epochs))
+        if "resident" in name: plan = with_residents(plan)
+        usage = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
         result.append(Design(name, run_seconds(outcome, epochs), sum(bill(usage, book).values())))
     return result
 
@@ -133,6 +127,38 @@ def side_by_side(
     time.set_yticks(range(len(found)), [d.name for d in found])
     time.invert_yaxis()
     time.set_xlabel("minutes; black: measured in 2018, red: the aim"); money.set_xlabel("USD")
+    return figure
+
+# %% ../../nbs/estimate/06_figures.ipynb #74496012
+def numbers_of_residents(
+    plan: Plan,
+    book: Book,
+    counts: tuple[int, ...],
+    epochs: int=2957,
+    messages: int=1500,  # of each that are simulated, about
+) -> list[Design]:
+    "What a run takes and costs with so many NeuronLambdas that stay; with 0, each message invokes one."
+    found = []
+    for count in counts:
+        chosen = with_residents(plan, count)
+        outcome = simulate(chosen, on_aws(chosen, book), enough_epochs(plan, messages))
+        usage = paid_for(chosen, outcome, epochs, run_work(chosen, epochs), book)
+        found.append(Design(str(count), run_seconds(outcome, epochs), sum(bill(usage, book).values())))
+    return found
+
+def by_residents(
+    found: list[Design],
+    title: str="How many NeuronLambdas stay",
+) -> Figure:
+    "Time and money over the number of functions that stay."
+    figure = sheet(8, 2.6, title)
+    time, money = figure.subplots(1, 2)
+    names = [design.name.replace("0", "none", 1) if design.name == "0" else design.name for design in found]
+    for axis, values, label, colour in ((time, [d.seconds / 60 for d in found], "minutes", BLUE), (money, [d.dollars for d in found], "USD", GREEN)):
+        axis.bar(names, values, color=[GREY if name == "none" else colour for name in names])
+        for x, value in enumerate(values): axis.text(x, value, f"{value:,.3g}", ha="center", va="bottom", fontsize=8)
+        axis.margins(y=.15)
+        axis.set_xlabel("NeuronLambdas that stay"); axis.set_ylabel(label)
     return figure
 
 # %% ../../nbs/estimate/06_figures.ipynb #cfb242b4

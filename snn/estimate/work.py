@@ -133,7 +133,7 @@ def batch_messages(
         yield from asked
         message = after_layer(asked[0]) if asked else None
 
-# %% ../../nbs/estimate/01_work.ipynb #a3dc9d2b
+# %% ../../nbs/estimate/01_work.ipynb #6697d468
 class Work(Struct):
     "Counts, of an epoch or of a run."
     invocations: dict[str, int] = field(default_factory=dict)  # by function
@@ -164,7 +164,7 @@ def _count(plan: Plan, messages: list[Message], sent: bool=True) -> Work:
         work.stored += sum(bytes_of(plan, message.batch, name) for name in step.left)
         work.weights = (0, work.weights[1] + sum(bytes_of(plan, message.batch, name) for name in step.kept))
         work.costs += step.costs
-        work.writes += 2 + step.costs
+        work.writes += (0 if plan.parameters.residents else 2) + step.costs
     return work
 
 # %% ../../nbs/estimate/01_work.ipynb #d2553e72

@@ -90,7 +90,7 @@ def newest(
     files = [key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")]
     return plan, bucket.get(max(files)) if files else None
 
-# %% ../../nbs/handlers/04_checkpoint.ipynb #34bcab94
+# %% ../../nbs/handlers/04_checkpoint.ipynb #1fcb8298
 def _next_number(before: str, bucket: Bucket) -> int:
     "The number of the next resumption. The bucket remembers it: a server that has forgotten the last one may still be sent its messages."
     name, _, number = before.partition("~")
@@ -125,6 +125,8 @@ def resume(
     status = _restore(plan, content, services) if content else Status()
     status.before, status.since = status.spent, time.time()
     services.runs.update(plan.run, status)
+    services.store.flush()
+    services.bus.ready(plan)
     services.bus.send(epoch_messages(plan, status.epoch + 1, status.source, hop=1))
     services.bus.settle()
     services.store.flush()

@@ -26,7 +26,7 @@ from ..cloud.telemetry import note
 from ..maths.data import mini_batches, standardise
 from ..maths.network import Layer, cost, initialise_layer, rows
 
-# %% ../../nbs/handlers/01_inputs.ipynb #e9a762f5
+# %% ../../nbs/handlers/01_inputs.ipynb #17e1ec4a
 _epochs: OrderedDict[tuple[str, int], dict] = OrderedDict()
 
 def memory(
@@ -53,6 +53,7 @@ def forget() -> None:
     "Be as a process that has just begun."
     _epochs.clear()
     _images.clear()
+    training_data.cache_clear()
 
 # %% ../../nbs/handlers/01_inputs.ipynb #83105248
 def pack_images(
@@ -246,7 +247,7 @@ def end_early(
     services.bucket(plan.bucket).put(f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record))
     services.topic.tell(f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}.")
 
-# %% ../../nbs/handlers/01_inputs.ipynb #d48b0c35
+# %% ../../nbs/handlers/01_inputs.ipynb #56e0ec48
 def give_up(
     function: str,
     event: dict,   # that failed for good
@@ -255,11 +256,12 @@ def give_up(
     services: Services,
 ) -> None:
     "End the run that an event belongs to, with the reason: without the event it can't go on."
-    if "run" not in event: return services.runs.refuse(function, reason)
-    message = msgspec.convert(event, Message)
-    if not services.runs.knows(message.run): return  # a message of a run that the parameter server has lost
-    if services.runs.status(message.run).state == "running":
-        end_early(services.runs.plan(message.run), services, "failed", f"{message.id} failed {tries} times: {reason}")
+    run = event.get("run")
+    if run is None: return services.runs.refuse(function, reason)
+    if not services.runs.knows(run): return  # a message of a run that the parameter server has lost
+    name = f"{function}, asked to stay," if event.get("state") == "stay" else msgspec.convert(event, Message).id
+    if services.runs.status(run).state == "running":
+        end_early(services.runs.plan(run), services, "failed", f"{name} failed {tries} times: {reason}")
 
 # %% ../../nbs/handlers/01_inputs.ipynb #666b7ae7
 class Runaway(RuntimeError):

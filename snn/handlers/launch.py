@@ -8,7 +8,7 @@ __all__ = ['NAME', 'FOLLOW', 'EVERY', 'run_id', 'read_datasets', 'make_plan', 's
            'leave_results', 'go_on', 'handle', 'mail_if_due', 'end', 'handle_upload', 'failures', 'handle_failure',
            'lambda_handler']
 
-# %% ../../nbs/handlers/06_launch.ipynb #a069f0e4
+# %% ../../nbs/handlers/06_launch.ipynb #f5837e2c
 import hashlib
 import json
 import tempfile
@@ -30,6 +30,7 @@ from ..cloud.store import BEST, MASTER, decode, encode
 from ..cloud.telemetry import note, told
 from . import checkpoint, watch
 from .inputs import Diverged, begin, end_early, finite, give_up, network_at, network_blocks, pack_images, training_data, weights
+from .stay import resident
 from ..maths import data, model
 from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, step
 from ..maths.parameters import InputError, Parameters, parse
@@ -68,7 +69,7 @@ def make_plan(
     return Plan(run, parameters, upload.bucket, f"training_data/{run}.npz", len(kept), datasets.train_x[0].size, datasets.size,
                 datasets.classes, upload.etag, datetime.now(UTC).strftime(NAME))
 
-# %% ../../nbs/handlers/06_launch.ipynb #3f5fbdea
+# %% ../../nbs/handlers/06_launch.ipynb #359a369c
 def start(
     upload: Upload,
     services: Services,
@@ -88,6 +89,7 @@ def start(
     message, began = Message("LaunchLambda", "start", plan.run, epoch=0), time.perf_counter()
     status, _ = begin(message, services, [])
     if status != "open": return plan.run
+    services.bus.ready(plan)
     services.topic.tell(f"Run {plan.name} started", f"{plan.images} images, at most {parameters.epochs} epochs.")
     services.bus.finish(message, epoch_messages(plan, 0, "", hop=1), time.perf_counter() - began)
     services.ledger.finished(message, time.perf_counter() - began)
@@ -365,7 +367,8 @@ def handle_failure(
     reason = ": ".join(answer[name] for name in ("errorType", "errorMessage") if name in answer) or context["condition"]
     give_up(context["functionArn"].split(":")[6], letter["requestPayload"], context["approximateInvokeCount"], reason, services)
 
-# %% ../../nbs/handlers/06_launch.ipynb #73cb8109
+# %% ../../nbs/handlers/06_launch.ipynb #87d7479d
+@resident
 @told
 @in_time
 def lambda_handler(

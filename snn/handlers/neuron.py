@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'block_of', 'previous', 'run_forward', 'after_step', 'run_backward', 'run_network', 'needs', 'end_layer',
            'end_batch', 'handle', 'lambda_handler']
 
-# %% ../../nbs/handlers/02_neuron.ipynb #547e6988
+# %% ../../nbs/handlers/02_neuron.ipynb #46b529cd
 import time
 
 import msgspec
@@ -18,6 +18,7 @@ from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
 from .inputs import (Arrays, Block, Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, meet,
                                  network_blocks, pack, remember, weights)
+from .stay import resident
 from ..maths.network import activations, slopes, step
 from ..maths.neuron import backward, forward
 
@@ -145,7 +146,8 @@ def handle(
     (end_batch if whole else end_layer)(plan, message, services, computed, seconds)
     if status == "open": services.ledger.finished(message, seconds)
 
-# %% ../../nbs/handlers/02_neuron.ipynb #6f847587
+# %% ../../nbs/handlers/02_neuron.ipynb #04e15de4
+@resident
 @told
 @in_time
 def lambda_handler(

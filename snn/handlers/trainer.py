@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'stack', 'run_forward', 'run_backward', 'run_start', 'needs', 'needed_blocks', 'next_messages', 'handle',
            'lambda_handler']
 
-# %% ../../nbs/handlers/03_trainer.ipynb #ce146033
+# %% ../../nbs/handlers/03_trainer.ipynb #fe17e1f5
 import time
 
 import msgspec
@@ -17,6 +17,7 @@ from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
 from .inputs import Arrays, Block, Diverged, begin, end_early, finite, labels, layer_blocks, layer_weights, leads, meet, pack
+from .stay import resident
 from ..maths.network import cost, cost_gradient
 from ..maths.neuron import input_gradient
 
@@ -117,7 +118,8 @@ def handle(
     services.bus.finish(message, following, seconds, values)
     services.ledger.finished(message, seconds)
 
-# %% ../../nbs/handlers/03_trainer.ipynb #79f530c2
+# %% ../../nbs/handlers/03_trainer.ipynb #21500541
+@resident
 @told
 @in_time
 def lambda_handler(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUCKET', 'INBOX', 'create_bucket', 'LocalCloud']
 
-# %% ../../nbs/local/03_cloud.ipynb #62afde1e
+# %% ../../nbs/local/03_cloud.ipynb #25d85823
 import threading
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from ..cloud.bucket import Bucket, Upload
 from ..cloud.bus import Envelope
 from ..cloud.ledger import create_tables
 from ..cloud.services import Services
-from ..handlers.watch import watch
 from .server import answers, parameter_server, start_aws
 from .worker import Workers
 from ..maths.parameters import Parameters
@@ -37,7 +36,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #e07cef5a
+# %% ../../nbs/local/03_cloud.ipynb #ac1a5c74
 def _lambda_workers() -> type:
     "Workers that run the Lambda packages; imported when wanted, since they build packages."
     from snn.local.lambda_runtime import LambdaWorkers
@@ -94,7 +93,7 @@ class LocalCloud:
         "What the watchdog's schedule does on AWS. A parameter server without our mark has been started anew, and has forgotten all runs."
         self.workers.look_after()
         forgotten = not self.own.store.client.set("snn:alive", 1, nx=True) is None
-        watch(self.own, self.bucket_name if forgotten else "")
+        self.workers.watch(self.own, self.bucket_name if forgotten else "")
 
     def _restart_server(self) -> None:
         "Start the parameter server again where it was."

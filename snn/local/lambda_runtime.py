@@ -6,7 +6,7 @@
 __all__ = ['ARN', 'SERVICES', 'START', 'NAMES', 'Connection', 'Function', 'Invocation', 'addresses', 'Environment', 'wrong',
            'Pool', 'letter', 'Runtime', 'functions', 'announced', 'LambdaWorkers']
 
-# %% ../../nbs/local/07_lambda_runtime.ipynb #8de8f3fe
+# %% ../../nbs/local/07_lambda_runtime.ipynb #61a517ec
 import asyncio
 import json
 import os
@@ -26,8 +26,9 @@ from ..cloud.bus import Envelope
 from ..cloud.services import Services
 from ..deploy.package import HANDLERS, build, unzip
 from ..deploy.wheels import Target, find_python, here
+from ..handlers.stay import TRIES
 from .server import KEEP_MEMORY
-from .worker import SETTINGS, TRIES, cores
+from .worker import SETTINGS, cores
 from ..maths.parameters import InputError
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #e06dbd79
@@ -238,23 +239,24 @@ class Runtime:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/local/07_lambda_runtime.ipynb #5ade17e5
+# %% ../../nbs/local/07_lambda_runtime.ipynb #7a677581
 NAMES = {"LaunchLambda": "snn.handlers.launch", "TrainerLambda": "snn.handlers.trainer", "NeuronLambda": "snn.handlers.neuron"}
 
 def functions(
     environment: dict[str, str],  # that leads the handlers to their services
     concurrency: int,             # processes at most, of each function
     target: Target=here(),
+    timeout: float=60,            # seconds
 ) -> list[Function]:
-    "The three functions, from their packages."
+    "The three functions, from their packages. There are up to three LaunchLambdas: one may stay, call its successor, and an upload comes."
     folders = {module: unzip(build(package, target)) for package, modules in HANDLERS.items() for module in modules}
     given = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "HOME"}
     settings = {name: value for name, value in SETTINGS.items() if name not in KEEP_MEMORY}  # a reserve for each of a sender's 16 threads would be a gigabyte
     told = {**given, **settings, **environment, "SNN_FUNCTIONS": ",".join(NAMES), "POWERTOOLS_SERVICE_NAME": "snn"}
-    return [Function(name, f"{module}.lambda_handler", folders[module], told, timeout=60, concurrency=1 if name == "LaunchLambda" else concurrency)
+    return [Function(name, f"{module}.lambda_handler", folders[module], told, timeout=timeout, concurrency=3 if name == "LaunchLambda" else concurrency)
             for name, module in NAMES.items()]
 
-# %% ../../nbs/local/07_lambda_runtime.ipynb #ec517fc8
+# %% ../../nbs/local/07_lambda_runtime.ipynb #3a66bb99
 def announced(
     letter: dict,
 ) -> bytes:
@@ -263,6 +265,9 @@ def announced(
 
 class LambdaWorkers:
     "The functions in their packages, in place of `snn.local.worker.Workers`."
+    timeout = 60.  # seconds that a function has
+    every = 5.     # seconds between two events of the watchdog's schedule
+
     def __init__(self,
         environment: dict[str, str],  # that leads them to the services
         count: int | None=None,       # processes of each function; as many as there are processors
@@ -271,8 +276,8 @@ class LambdaWorkers:
     ):
         self.count = count or cores()
         self.environment = {**os.environ, **environment}
-        self.services, self.replaced = Services(self.environment), 0
-        self.runtime = Runtime(functions(environment, self.count, target), target, log)
+        self.services, self.replaced, self.watched = Services(self.environment), 0, time.monotonic()
+        self.runtime = Runtime(functions(environment, self.count, target, self.timeout), target, log)
 
     def _bury(self, letter: dict) -> None:
         "Put a letter aside, and let its run be ended."
@@ -286,6 +291,12 @@ class LambdaWorkers:
         for envelope in self.services.bus.take("lambda", wait=0): self.runtime.put(envelope.function, bytes(envelope.event))
         ended, self.replaced = self.runtime.replaced - self.replaced, self.runtime.replaced
         return ended
+
+    def watch(self, services: Services, bucket: str) -> None:
+        "The watchdog is LaunchLambda's: it is woken by a schedule, and at once where a run may be lost."
+        if not bucket and time.monotonic() - self.watched < self.every: return
+        self.watched = time.monotonic()
+        self.runtime.put("LaunchLambda", b'{"state": "watch"}')
 
     def close(self) -> None:
         "Stop all processes."

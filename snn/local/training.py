@@ -166,7 +166,7 @@ def _keep_checkpoints(out: Path, plan: Plan) -> None:
         (out / UNFINISHED / "training_checkpoints" / plan.name).rename(out / "checkpoints")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
-# %% ../../nbs/local/04_training.ipynb #98780157
+# %% ../../nbs/local/04_training.ipynb #6af404af
 UNFINISHED = "unfinished"
 
 def train(
@@ -180,6 +180,7 @@ def train(
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
     data.read(datasets)
+    if runtime == "lambda" and parameters.residents: workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
     with LocalCloud(workers, ledger, runtime=runtime) as cloud:
         began = time.monotonic()
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)

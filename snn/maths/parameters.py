@@ -44,7 +44,7 @@ class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: Positive = 1e-8     # used by adam, keeps the quotient finite
     l2: NotNegative = 0.0        # weight decay: l2 * W is added to dW
 
-# %% ../../nbs/maths/01_parameters.ipynb #c59a0a78
+# %% ../../nbs/maths/01_parameters.ipynb #f43f7201
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     "All that a training run is told, apart from its data."
     epochs: Whole                            # passes over the data at most
@@ -66,6 +66,7 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     stall_after: Positive = 20.0             # seconds without progress until the watchdog looks
     max_cost: NotNegative = 0.0              # USD that the run may cost at AWS's prices; 0 is off
     deadline: NotNegative = 0.0              # seconds from the upload that the run may take; 0 is off
+    residents: Count = 0                     # NeuronLambdas that stay and take messages from a queue; 0: each message invokes one
 
     @property
     def sizes(self) -> list[int]:

@@ -83,7 +83,8 @@ POLICIES = [
     ("Launch", "ec2:RunInstances", f"arn:aws-cn:ec2:{HERE}:instance/*", {}, False),
     ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, True),
     ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, True),
-    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, False),
+    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),       # its successor, where functions stay
+    ("Trainer", "lambda:InvokeFunction", FUNCTION.format("Payroll"), {}, False),
     ("Trainer", "dynamodb:UpdateItem", TABLE.format("Costs"), {}, True),
     ("Trainer", "dynamodb:UpdateItem", TABLE.format("NeuronLambda"), {}, False),
     ("Trainer", "s3:GetObject", f"{BUCKET}/training_data/run.npz", {}, True),
@@ -94,10 +95,12 @@ POLICIES = [
     ("Trainer", "sns:Publish", "arn:other", {}, False),
     ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),
     ("Neuron", "sns:Publish", "Failures", {}, True),
-    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, False),
-    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, False),
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Launch"), {}, True),         # after the epoch, where it is the whole network
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, True),         # its successor, where functions stay
+    ("Neuron", "lambda:InvokeFunction", FUNCTION.format("Payroll"), {}, False),
     ("Neuron", "dynamodb:UpdateItem", TABLE.format("NeuronLambda"), {}, True),
-    ("Neuron", "dynamodb:UpdateItem", TABLE.format("Costs"), {}, False),
+    ("Neuron", "dynamodb:UpdateItem", TABLE.format("Costs"), {}, True),               # its mini-batch's
+    ("Neuron", "dynamodb:UpdateItem", TABLE.format("TrainerLambda"), {}, False),
     ("Neuron", "s3:GetObject", f"{BUCKET}/training_data/run.npz", {}, True),
     ("Neuron", "s3:GetObject", f"{BUCKET}/training_input/datasets.h5", {}, False),
     ("Neuron", "xray:PutTraceSegments", "*", {}, False),                              # X-Ray is off

@@ -40,7 +40,8 @@ def test_the_setup_is_what_the_templates_deploy(book, root):
     for name, memory in FUNCTIONS.items():
         properties = functions[name.replace("Lambda", "Function")]["Properties"]
         assert properties["MemorySize"] == book.setup[memory].value
-    assert functions["NeuronFunction"]["Properties"]["Timeout"] == book.quotas["timeout"].value
+    for name, quota in (("Neuron", "timeout"), ("Trainer", "timeout"), ("Launch", "launch_timeout")):
+        assert functions[f"{name}Function"]["Properties"]["Timeout"] == book.quotas[quota].value
     network = yaml.load((root / "infra/network.yaml").read_text(), Loader)["Resources"]
     doors = [r for r in network.values() if r["Type"] == "AWS::EC2::VPCEndpoint" and r["Properties"]["VpcEndpointType"] == "Interface"]
     assert sum(len(door["Properties"]["SubnetIds"]) for door in doors) == book.setup["endpoints"].value
@@ -58,7 +59,7 @@ def test_one_case_by_hand():
                "Valkey": .25 * raw["valkey_hour"],
                "DynamoDB": 2110 * raw["dynamodb_write"],
                "Endpoints": .25 * 6 * raw["endpoint_hour"] + 1052 * setup["message_bytes"] / 1e9 * raw["endpoint_gb"],
-               "CloudWatch": 1053 * setup["log_bytes"] / 1e9 * raw["logs_gb"] + .25 * 12 * raw["metric_hour"],
+               "CloudWatch": 1053 * (setup["record_bytes"] + setup["line_bytes"]) / 1e9 * raw["logs_gb"] + .25 * 12 * raw["metric_hour"],
                "S3": 8 * raw["s3_put"] + 12 * raw["s3_get"],
                "SNS": 2 * raw["mail"],
                "Secrets Manager": 10 * raw["secret_call"] + .25 * raw["secret_hour"]}

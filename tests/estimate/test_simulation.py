@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snn.cloud.prices import load
-from snn.estimate.designs import ORIGINAL_EPOCH, default_plan, designs, enough_workers, original, resident
-from snn.estimate.figures import assumptions, swings
-from snn.estimate.simulation import aws, simulate
+from snn.estimate.designs import ORIGINAL_EPOCH, default_plan, designs, original, with_residents
+from snn.estimate.figures import assumptions, priced, swings
+from snn.estimate.simulation import aws, on_aws, simulate
 from snn.estimate.work import epoch_work
 
 GRANULARITIES = ("neuron", "layer", "network")
@@ -18,11 +18,10 @@ def book():
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.sampled_from(GRANULARITIES), st.sampled_from(("best", "mean")), st.lists(st.integers(1, 9), max_size=3), st.integers(1, 300), st.booleans())
-def test_a_simulated_epoch_has_as_many_invocations_as_are_counted(granularity, aggregation, hidden, images, stays):
-    plan = default_plan(granularity, images, (*hidden, 1), 8, aggregation=aggregation)
-    place = resident(load(), enough_workers(plan)) if stays else aws(load())
-    outcome, counted = simulate(plan, place, 3), epoch_work(plan).invocations
+@given(st.sampled_from(GRANULARITIES), st.sampled_from(("best", "mean")), st.lists(st.integers(1, 9), max_size=3), st.integers(1, 300), st.integers(0, 9))
+def test_a_simulated_epoch_has_as_many_invocations_as_are_counted(granularity, aggregation, hidden, images, residents):
+    plan = default_plan(granularity, images, (*hidden, 1), 8, aggregation=aggregation, residents=residents)
+    outcome, counted = simulate(plan, on_aws(plan, load()), 3), epoch_work(plan).invocations
     assert {name: count for name, count in outcome.invocations.items() if count} == {name: 3 * count for name, count in counted.items()}
 
 
@@ -59,6 +58,18 @@ def test_a_failure_costs_its_retry(book):
 def test_functions_that_stay_are_faster_by_far(book):
     found = designs(book, 600)
     for granularity in GRANULARITIES: assert found[f"{granularity}, resident"].per_epoch < found[granularity].per_epoch / 2
+
+
+def test_the_aims_are_reached_by_functions_that_stay(book):
+    found = {design.name: design for design in priced(designs(book, 1500), book)}
+    assert found["neuron, resident"].seconds < 30 * 60 and found["neuron, resident"].dollars < 1
+    assert found["network, resident"].seconds < 5 * 60 and found["network, resident"].dollars < .1
+    for granularity in GRANULARITIES: assert found[f"{granularity}, resident"].dollars < found[granularity].dollars
+
+
+def test_no_more_functions_stay_than_have_something_to_do(book):
+    crowd, enough = (simulate(plan, on_aws(plan, book), 2) for plan in (with_residents(default_plan("network"), n) for n in (1000, 4)))
+    assert crowd == enough and sum(crowd.starts.values()) == 5
 
 
 def test_the_original_is_simulated_within_what_is_not_known_of_it(book):

@@ -5,12 +5,14 @@ import msgspec
 import pytest
 
 from snn.cloud.bucket import Topic, Upload
+from snn.cloud.bus import LambdaBus
 from snn.cloud.messages import Message
 from snn.cloud.prices import load
+from snn.cloud.residents import seats
 from snn.cloud.services import Services
 from snn.cloud.store import Outbox
 from snn.estimate.designs import default_plan
-from snn.estimate.simulation import World, aws
+from snn.estimate.simulation import World, on_aws
 from snn.handlers import inputs, launch, neuron, trainer
 from snn.local.faults import LabBucket, LabBus
 from snn.local.server import parameter_server
@@ -36,6 +38,22 @@ def exchanges(monkeypatch):
     return count
 
 
+class Nobody:
+    "Stands in for Lambda: nobody comes when a function is called to stay."
+    def invoke(self, **call): pass
+
+
+def messages_of(services: Services, residents: bool):
+    "Messages that wait, one after the other; where functions stay, from their queues."
+    free = [seat for seat in seats(services.runs.plan(services.runs.names()[-1])) if seat.number == 0]
+    for seat in free: services.residents.sit(seat, "me")
+    while True:
+        taken = [services.bus.sent.pop(0)] if not residents and services.bus.sent else []
+        for seat in free: taken += [msgspec.json.decode(e.event, type=Message) for e in services.residents.take(seat, "me", wait=0)]
+        if not taken: return
+        yield from taken
+
+
 def step(message: Message) -> str:
     return f"{message.function} {message.direction} {message.layer}"
 
@@ -43,12 +61,14 @@ def step(message: Message) -> str:
 def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
     "Of real handlers, one after another, each in a process that has just begun; by step."
     services, found = Services({"SNN_REDIS_URL": server.url}), Counter()
-    services.__dict__["bus"], services.__dict__["topic"] = LabBus(services.store), Topic()
+    stay = LambdaBus(Nobody(), dict.fromkeys(HANDLERS, ""), services.store, services.residents)
+    services.__dict__["bus"], services.__dict__["topic"] = stay if chosen.residents else LabBus(services.store), Topic()
+    stay.freezes = False
     services._buckets["lab"] = LabBucket({"in/datasets.h5": path.read_bytes(), "in/parameters.json": msgspec.json.encode(chosen)})
     run = launch.start(Upload("lab", "in/datasets.h5", f"{chosen.granularity}{chosen.aggregation}"), services)
     services.bus.settle()
-    while services.bus.sent:
-        message, before = services.bus.sent.pop(0), exchanges[0]
+    for message in messages_of(services, chosen.residents > 0):
+        before = exchanges[0]
         inputs.forget()
         HANDLERS[message.function].handle(message, services)
         services.bus.settle()
@@ -58,26 +78,28 @@ def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
 
 
 class Counting(World):
-    "A simulation that counts requests by step."
+    "A simulation that counts requests by step, but for those by which functions that stay ask for messages."
     def __init__(self, *arguments): super().__init__(*arguments); self.found = Counter()
 
     def invocation(self, host, message):
         host.message = message
         yield from super().invocation(host, message)
+        host.message = None
 
     def request(self, host, *arguments, **named):
-        self.found[host.message.epoch, step(host.message)] += 1
+        if message := getattr(host, "message", None): self.found[message.epoch, step(message)] += 1
         yield from super().request(host, *arguments, **named)
 
 
 @pytest.mark.parametrize("aggregation", ["best", "mean"])
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
-def test_each_simulated_step_asks_the_server_as_often_as_the_real_one(granularity, aggregation, server, exchanges, parameters, small_datasets, tmp_path):
-    chosen = parameters((3, 2, 1), granularity=granularity, aggregation=aggregation, epochs=4, batch_size=8)
+@pytest.mark.parametrize("residents", [0, 2])
+def test_each_simulated_step_asks_the_server_as_often_as_the_real_one(residents, granularity, aggregation, server, exchanges, parameters, small_datasets, tmp_path):
+    chosen = parameters((3, 2, 1), granularity=granularity, aggregation=aggregation, residents=residents, epochs=4, batch_size=8)
     path = tmp_path / "datasets.h5"
     data.write(small_datasets(size=4, train=20, test=2), path)
     real = real_exchanges(server, exchanges, chosen, path, 1)
-    place = msgspec.structs.replace(aws(load()), warm=False)
-    world = Counting(default_plan(granularity, 20, (3, 2, 1), 4, aggregation=aggregation, batch_size=8), place, 3)
+    plan = default_plan(granularity, 20, (3, 2, 1), 4, aggregation=aggregation, residents=residents, batch_size=8)
+    world = Counting(plan, msgspec.structs.replace(on_aws(plan, load()), warm=False), 3)
     world.run()
     assert {name: count for (epoch, name), count in world.found.items() if epoch == 1} == dict(real)
