@@ -231,7 +231,7 @@ def network_at(
     weights(plan, message, services, network_blocks(plan))
     return [layer_weights(plan, message, services, layer) for layer in range(1, plan.parameters.layers + 1)]
 
-# %% ../../nbs/handlers/01_inputs.ipynb #1ce05182
+# %% ../../nbs/handlers/01_inputs.ipynb #cf7c7628
 def end_early(
     plan: Plan,
     services: Services,
@@ -242,9 +242,9 @@ def end_early(
     status = services.runs.status(plan.run)
     note(f"run {state}: {reason}")
     if status.cost is not None: reason += f"; the last good cost is {status.cost:.6g}, of epoch {status.epoch}"
-    services.runs.stop(plan, state, reason)
     record = {"run": plan.name, "state": state, "reason": reason, "epochs": status.epoch + 1, "cost": status.cost}
     services.bucket(plan.bucket).put(f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record))
+    services.runs.stop(plan, state, reason)
     services.topic.tell(f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}.")
 
 # %% ../../nbs/handlers/01_inputs.ipynb #56e0ec48
