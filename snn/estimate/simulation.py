@@ -289,7 +289,7 @@ class Outcome(NamedTuple):
         "Seconds per epoch, without the first, in which everything starts."
         return self.epochs[0] if len(self.epochs) == 1 else (self.epochs[-1] - self.epochs[0]) / (len(self.epochs) - 1)
 
-# %% ../../nbs/estimate/02_simulation.ipynb #c7f5d226
+# %% ../../nbs/estimate/02_simulation.ipynb #5726a46d
 class World(Pools):
     "A place, and a run in it."
     def __init__(self,
@@ -388,7 +388,7 @@ class World(Pools):
         yield from self.request(host)
         lowest = self.lowest.get(message.epoch, 2.)
         self.lowest[message.epoch] = min(lowest, self.price(message))
-        return self.price(message) < lowest
+        return self.price(message) <= lowest
 
     def join(self, host: Host, barrier: tuple, members: int, up: int, following: Message) -> Iterator:
         "Join a barrier; the last to come sends what follows. A worker's joins leave with its next request."
@@ -406,6 +406,7 @@ class World(Pools):
         yield from self.images(host, message)
         if whole: message = msgspec.structs.replace(message, learn=(yield from self.leads(host, message)))
         yield from self.sums(host, message)
+        if whole and message.learn: message = msgspec.structs.replace(message, learn=(yield from self.leads(host, message)))
         step = step_of(self.plan, message)
         for known in step.left: host.recalls(message.epoch, (message.batch, known))
         if step.kept: host.own[f"{message.epoch}/{message.batch}"].update(step.weights)
@@ -428,7 +429,8 @@ class World(Pools):
         if message.direction == "backward" and message.layer == 1: yield from self.meet(host, message, self.size(message, step.left))
         else:
             turning = message.direction == "forward" and message.layer == self.plan.parameters.layers
-            learn = (yield from self.leads(host, message)) if turning else message.learn
+            asks = turning or message.learn and message.direction == "backward" and message.layer == 2
+            learn = (yield from self.leads(host, message)) if asks else message.learn
             host.pending += self.size(message, step.left)
             yield from self.flush(host)
             yield from self.send(host, trainer_messages(self.plan, message, learn))

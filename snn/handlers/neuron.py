@@ -79,7 +79,7 @@ def run_backward(
     new = {} if not message.learn else after_step(plan, message, message.layer, message.first, old, dW, db)
     return {f"dz{message.layer}/{message.first}": dZ, **new}
 
-# %% ../../nbs/handlers/02_neuron.ipynb #143b0f63
+# %% ../../nbs/handlers/02_neuron.ipynb #1f0921bc
 def run_network(
     plan: Plan,
     message: Message,
@@ -92,9 +92,10 @@ def run_network(
     price = finite_cost(plan, message, A, Y)
     computed = {"cost": np.array(price)}
     if not leads(plan, message, services, price): return computed
+    steps = {}
     for l, (old, (dW, db)) in enumerate(zip(layers, slopes(plan.parameters, layers, A, Y)), start=1):
-        computed |= after_step(plan, message, l, 0, old, dW, db)
-    return computed
+        steps |= after_step(plan, message, l, 0, old, dW, db)
+    return computed | steps if leads(plan, message, services, price) else computed
 
 # %% ../../nbs/handlers/02_neuron.ipynb #bfe08cdc
 def needs(

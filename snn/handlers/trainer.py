@@ -58,7 +58,7 @@ def run_backward(
     W, *_ = layer_weights(plan, message, services, message.layer)
     return {f"dA{message.layer - 1}": input_gradient(W, stack(plan, message, arrays, "dz"))}
 
-# %% ../../nbs/handlers/03_trainer.ipynb #d64be392
+# %% ../../nbs/handlers/03_trainer.ipynb #ac6d8ed2
 def run_start(
     plan: Plan,
     message: Message,
@@ -78,7 +78,7 @@ def needs(
     rows = lambda name: [f"{name}{message.layer}/{first}" for first, _ in blocks(plan.parameters, message.layer)]
     if message.direction == "start": return []
     if message.direction == "forward": return rows("a")
-    return rows("dz") if message.layer > 1 else ["cost"]
+    return [*(rows("dz") if message.layer > 1 else []), *(["cost"] if message.layer <= 2 else [])]
 
 def needed_blocks(
     plan: Plan,
@@ -87,19 +87,20 @@ def needed_blocks(
     "Whose weights a step needs."
     return layer_blocks(plan, message.layer) if message.direction == "backward" and message.layer > 1 else []
 
-# %% ../../nbs/handlers/03_trainer.ipynb #4ba1013f
+# %% ../../nbs/handlers/03_trainer.ipynb #5bff75ad
 def next_messages(
     plan: Plan,
     message: Message,
     services: Services,
-    computed: Arrays,
+    arrays: Arrays,  # all that the step has read or computed
 ) -> list[Message]:
     "What the step sends to the next layer; on the way back, only as much as is still needed."
     turning = message.direction == "forward" and message.layer == plan.parameters.layers
-    learn = leads(plan, message, services, float(computed["cost"])) if turning else message.learn
+    asks = turning or message.learn and message.direction == "backward" and message.layer == 2
+    learn = leads(plan, message, services, float(arrays["cost"])) if asks else message.learn
     return trainer_messages(plan, message, learn)
 
-# %% ../../nbs/handlers/03_trainer.ipynb #f3c6da50
+# %% ../../nbs/handlers/03_trainer.ipynb #7c552a18
 def handle(
     message: Message,
     services: Services,
@@ -114,7 +115,7 @@ def handle(
     except Diverged as error: return end_early(plan, services, "failed", str(error))
     values, following, seconds = pack(message, computed), [], time.perf_counter() - began
     if message.direction == "backward" and message.layer == 1: meet(plan, message, services, float(arrays["cost"]), seconds)
-    else: following = next_messages(plan, message, services, computed)
+    else: following = next_messages(plan, message, services, arrays | computed)
     services.bus.finish(message, following, seconds, values)
     services.ledger.finished(message, seconds)
 

@@ -10,7 +10,7 @@ from snn.cloud.messages import Message
 from snn.cloud.prices import load
 from snn.cloud.residents import seats
 from snn.cloud.services import Services
-from snn.cloud.store import Outbox
+from snn.cloud.store import Outbox, Store
 from snn.estimate.designs import default_plan
 from snn.estimate.simulation import World, on_aws
 from snn.handlers import inputs, launch, neuron, trainer
@@ -34,6 +34,8 @@ def exchanges(monkeypatch):
         count[0] += 1
         return real(self, commands)
     monkeypatch.setattr(Outbox, "_exchange", counted)
+    bid = Store.bid
+    monkeypatch.setattr(Store, "bid", lambda *arguments: bid(*arguments) or True)  # who leads is chance; here, everybody does
     monkeypatch.setattr(launch, "note_meter", lambda *arguments: None)  # once a second, and not part of the protocol
     return count
 
@@ -85,6 +87,10 @@ class Counting(World):
         host.message = message
         yield from super().invocation(host, message)
         host.message = None
+
+    def leads(self, host, message):
+        yield from super().leads(host, message)
+        return True
 
     def request(self, host, *arguments, **named):
         if message := getattr(host, "message", None): self.found[message.epoch, step(message)] += 1
