@@ -84,7 +84,7 @@ def predicted_and_measured(
     axis.legend(fontsize=7)
     return figure
 
-# %% ../../nbs/estimate/06_figures.ipynb #4bed1f23
+# %% ../../nbs/estimate/06_figures.ipynb #78b9a6b9
 AIMS = {"neuron": (30 * 60, 1.), "network": (5 * 60, .1)}  # seconds and USD, for the default network
 
 class Design(NamedTuple):
@@ -118,7 +118,7 @@ def side_by_side(
     for axis, values, say in ((time, [d.seconds / 60 for d in found], "{:,.0f} min"), (money, [d.dollars for d in found], "${:,.2f}")):
         axis.barh(range(len(found)), values, color=colours)
         axis.set_xscale("log")
-        for y, value in enumerate(values): axis.text(value, y, " " + say.format(value), va="center", fontsize=8)
+        for y, value in enumerate(values): axis.text(value * 1.15, y, say.format(value), va="center", fontsize=8, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         axis.margins(x=.25)
     time.plot([ORIGINAL_EPOCH * epochs / 60] * 2, [-.4, .4], color=INK, linewidth=2)
     for granularity, (seconds, dollars) in AIMS.items():
