@@ -165,7 +165,7 @@ def test_the_benchmark_tells_itself_in_its_quick_mode(tmp_path, small_data):
     ran = run_notebook(default_notebooks() / "Benchmark.ipynb", tmp_path / "Benchmark.ipynb", {"quick": True, "data": str(small_data), "out": str(tmp_path)}, longest=300)
     said = [output for cell in nbformat.read(ran, 4).cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in said if output.output_type == "error" or output.get("name") == "stderr"]
-    assert len([output for output in said if "image/png" in output.get("data", {})]) == 11
+    assert len([output for output in said if "image/png" in output.get("data", {})]) == 13
     numbers = json.loads((tmp_path / "benchmark.json").read_text())
     check_rows(numbers["side by side"], set(bench.peers_here()))
     assert set(numbers) == {"side by side", "where the time goes", "width", "images", "mini-batches", "epochs", "workers", "float32", "predicted"}

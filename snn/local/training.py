@@ -39,7 +39,7 @@ def drawn_datasets() -> Path: # of a datasets.h5
         data.write(data.Datasets(*drawing.draw_datasets()), path)
     return path
 
-# %% ../../nbs/local/04_training.ipynb #0805b233
+# %% ../../nbs/local/04_training.ipynb #b37a391f
 class Progress(NamedTuple):
     "How far a run is."
     status: Status
@@ -58,10 +58,10 @@ def watch(
     while True:
         try: status, invocations = _look(services, name)
         except redis.ConnectionError: status, invocations = Status(), 0  # the cloud is starting its parameter server again
-        report(Progress(status, invocations, time.monotonic() - began))
         if time.monotonic() - copied > 1 and not _has_all(services, name, mirror) or status.state != "running":
             copy_down(cloud.bucket, mirror, name)
             copied = time.monotonic()
+        report(Progress(status, invocations, time.monotonic() - began))
         if status.state == "finished": return services.runs.plan(services.runs.newest(name))
         if status.state != "running": raise RuntimeError(f"run {name} {status.state} after {status.epoch + 1} epochs: {status.reason}")
         for reason in services.runs.refused().values(): raise InputError(reason)
