@@ -168,5 +168,5 @@ def test_the_benchmark_tells_itself_in_its_quick_mode(tmp_path, small_data):
     assert len([output for output in said if "image/png" in output.get("data", {})]) == 13
     numbers = json.loads((tmp_path / "benchmark.json").read_text())
     check_rows(numbers["side by side"], set(bench.peers_here()))
-    assert set(numbers) == {"side by side", "where the time goes", "width", "images", "mini-batches", "epochs", "workers", "float32", "predicted"}
+    assert set(numbers) == {"side by side", "where the time goes", "width", "images", "mini-batches", "epochs", "workers", "float32", "predicted", "on AWS"}
     for axis in ("width", "images", "mini-batches"): assert {point["name"] for point in numbers[axis]} == {"plain NumPy", *GRANULARITIES}

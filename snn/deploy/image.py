@@ -14,16 +14,18 @@ from botocore.exceptions import ClientError
 from .gate import find_data
 from ..maths.parameters import InputError
 
-# %% ../../nbs/deploy/08_image.ipynb #0958aea2
+# %% ../../nbs/deploy/08_image.ipynb #d8a100a0
 def find_run(
     s3,            # boto3 client
     bucket: str,
     etag: str,     # of the model
 ) -> bytes: # content of run.json
-    "What the run that made a model has written down; an empty object if no run made it."
+    "What the run that made a model has written down, an empty object if no run made it; raises `InputError` if the run has not ended."
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="training_results/")
     folders = [item["Key"].rpartition("/")[0] for page in pages for item in page.get("Contents", []) if item["Key"].endswith("/params.h5") and item["ETag"] == etag]
-    return s3.get_object(Bucket=bucket, Key=f"{folders[0]}/run.json")["Body"].read() if folders else b"{}"
+    if not folders: return b"{}"
+    try: return s3.get_object(Bucket=bucket, Key=f"{folders[0]}/run.json")["Body"].read()
+    except s3.exceptions.NoSuchKey: raise InputError(f"s3://{bucket}/{folders[0]}/run.json: no such file; the run that made this model died before it had ended, and leaves both when it is taken up again") from None
 
 def collect(
     s3,            # boto3 client

@@ -246,7 +246,7 @@ def trained_model(
         for array in arrays: finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
     return model.Model(plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size)
 
-# %% ../../nbs/handlers/06_launch.ipynb #7657aa5f
+# %% ../../nbs/handlers/06_launch.ipynb #de547993
 def model_file(
     trained: model.Model,
 ) -> bytes:
@@ -261,7 +261,7 @@ def leave_results(
     status: Status,
     services: Services,
 ) -> None:
-    "Write the run's files."
+    "Write the run's files; who sees run.json finds all the others."
     bucket, folder = services.bucket(plan.bucket), f"training_results/{plan.name}"
     counts = {name: count._asdict() for name, count in services.ledger.counts(plan).items()}
     text = msgspec.json.format(msgspec.json.encode(results(plan, [*services.runs.costs(plan.run)[:status.epoch], status.cost])))
@@ -270,11 +270,11 @@ def leave_results(
     status.spent = meter.dollars
     record = {"run": plan.name, "reason": status.reason, "epochs": status.epoch + 1, "cost": status.cost, "ended": time.time(), "plan": plan, "invocations": counts,
               "meter": meter}
-    bucket.put(f"{folder}/run.json", msgspec.json.format(msgspec.json.encode(record)))
     bucket.put(f"{folder}/params.h5", trained)
     bucket.put(f"{folder}/results.json", text)
     bucket.put("training_results/results.json", text)
     bucket.put("prediction_input/params.h5", trained)
+    bucket.put(f"{folder}/run.json", msgspec.json.format(msgspec.json.encode(record)))
 
 # %% ../../nbs/handlers/06_launch.ipynb #21550fe3
 def go_on(

@@ -4,9 +4,10 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 import pytest
+import redis
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from snn.local.faults import KINDS, SMALL, Schedule, run_in_lab, same, small_datasets
+from snn.local.faults import KINDS, SMALL, Died, LabBucket, Schedule, run_in_lab, same, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import parameters as parameters_file
 from snn.maths.parameters import from_dict
@@ -71,3 +72,19 @@ def test_a_fifth_of_all_events_duplicated_costs_less_than_a_third_more_invocatio
     assert result.injected["duplicate"] > .1 * peace.invocations
     assert result.invocations <= 1.3 * peace.invocations
     assert same(result.layers, peace.layers)
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_a_run_that_dies_between_two_of_its_last_files_leaves_them_all_though_the_server_has_forgotten_it(server, monkeypatch, kept):
+    peace, put, seen = in_peace(server.url, "neuron", "best"), LabBucket.put, []
+    def dies_once(bucket, key, content):
+        if key.startswith(("training_results/", "prediction_input/")): seen.append(key)
+        if len(seen) == kept + 1:
+            seen.append("death")
+            with redis.Redis.from_url(server.url) as client: client.flushall()
+            raise Died
+        put(bucket, key, content)
+    monkeypatch.setattr(LabBucket, "put", dies_once)
+    result = run_in_lab(Schedule(0, ()), server.url, small("neuron", "best"), small_datasets())
+    assert seen[kept + 1] == "death" and len(seen) == kept + 2 + 5 and seen[-1].endswith("/run.json")
+    assert result.mended == 1 and same(result.layers, peace.layers)
