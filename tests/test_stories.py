@@ -84,10 +84,10 @@ LONGEST = 300  # seconds that a cell may take before the test gives up; how long
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, drawn_data) -> Path:
-    "All three stories, run with drawn data: their folder."
+def told(tmp_path_factory) -> Path:
+    "All three stories, run as they are: their folder."
     folder, began = tmp_path_factory.mktemp("stories"), time.monotonic()
-    for name in STORIES: run_notebook(default_notebooks() / f"{name}.ipynb", folder / f"{name}.ipynb", {"data": str(drawn_data)}, longest=LONGEST)
+    for name in STORIES: run_notebook(default_notebooks() / f"{name}.ipynb", folder / f"{name}.ipynb", {}, longest=LONGEST)
     print(f"the three stories took {time.monotonic() - began:.0f} s together")
     return folder
 
