@@ -12,6 +12,8 @@ import pytest
 
 # Before NumPy computes anything, and inherited by all that the tests start.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# As in a terminal, also where the tests were started with nohup: what they start inherits that a signal is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The tests bring their own servers and settings.
 for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"): os.environ.pop(name, None)
 

@@ -36,11 +36,12 @@ def test_no_handler_imports_what_it_does_not_need_at_a_cold_start(packages):
             assert not measured.modules & FORBIDDEN
 
 
-def test_a_cold_start_of_a_neuron_takes_a_third_of_a_second(packages):
-    "Or four times what NumPy takes alone, where the machine is busy."
+def test_a_cold_start_of_a_neuron_imports_little(packages):
+    "What takes a cold start's time is the number of modules: 170 of them are NumPy's, half of all are what redis and Powertools need."
     neuron, numpy = (cold_import(packages["training"], module, times=5) for module in ("snn.handlers.neuron", "numpy"))
+    print(f"{len(neuron.modules)} modules, {neuron.seconds * 1000:.0f} ms; NumPy alone {len(numpy.modules)}, {numpy.seconds * 1000:.0f} ms")
     assert "aws_lambda_powertools" in neuron.modules                # as on Lambda, where it tells of its invocations
-    assert neuron.seconds <= max(.35, 4 * numpy.seconds)
+    assert len(neuron.modules) <= 500
 
 
 def test_powertools_work_without_what_was_left_out(packages):
