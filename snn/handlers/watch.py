@@ -48,7 +48,7 @@ def lost(
     ended = {key.split("/")[1] for key in bucket.keys("training_results/") if key.endswith(("/run.json", "/stopped.json"))}
     return [name for name in names if name not in ended and not services.runs.knows(services.runs.newest(name))]
 
-# %% ../../nbs/handlers/05_watch.ipynb #4d04e911
+# %% ../../nbs/handlers/05_watch.ipynb #ab008470
 def progress(
     plan: Plan,
     services: Services,
@@ -64,6 +64,7 @@ def watch(
     for run in services.runs.names():
         if services.runs.status(run).state != "running" or not services.runs.knows(run): continue
         plan = services.runs.plan(run)
+        if services.runs.newest(plan.name) != run: continue  # taken up again, whatever its status says
         services.bus.ready(plan)
         if services.runs.still_for(run, progress(plan, services)) >= plan.parameters.stall_after: mend(plan, services)
     bucket_name = bucket_name or services.environment.get("SNN_BUCKET", "")

@@ -36,7 +36,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #ac1a5c74
+# %% ../../nbs/local/03_cloud.ipynb #1d9fdc65
 def _lambda_workers() -> type:
     "Workers that run the Lambda packages; imported when wanted, since they build packages."
     from snn.local.lambda_runtime import LambdaWorkers
@@ -68,6 +68,7 @@ class LocalCloud:
         create_bucket(self.aws, bucket, arn)
         self.bucket = Bucket(self.aws.client("s3"), bucket)
         self.own = Services(self.workers.environment)  # of the thread that carries
+        self._forgotten()
         self.own._buckets[bucket] = self.bucket
         self.carrier = threading.Thread(target=self._carry, daemon=True)
         self.carrier.start()
@@ -90,10 +91,13 @@ class LocalCloud:
             except (redis.ConnectionError, redis.TimeoutError): self._restart_server()
 
     def _look_after(self) -> None:
-        "What the watchdog's schedule does on AWS. A parameter server without our mark has been started anew, and has forgotten all runs."
+        "What the watchdog's schedule does on AWS."
         self.workers.look_after()
-        forgotten = not self.own.store.client.set("snn:alive", 1, nx=True) is None
-        self.workers.watch(self.own, self.bucket_name if forgotten else "")
+        self.workers.watch(self.own, self.bucket_name if self._forgotten() else "")
+
+    def _forgotten(self) -> bool:
+        "Has the parameter server forgotten all runs? So it has if it was started anew and does not bear our mark; now it does."
+        return self.own.store.client.set("snn:alive", 1, nx=True) is not None
 
     def _restart_server(self) -> None:
         "Start the parameter server again where it was."

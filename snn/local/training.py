@@ -39,7 +39,7 @@ def drawn_datasets() -> Path: # of a datasets.h5
         data.write(data.Datasets(*drawing.draw_datasets()), path)
     return path
 
-# %% ../../nbs/local/04_training.ipynb #b37a391f
+# %% ../../nbs/local/04_training.ipynb #3a40abd8
 class Progress(NamedTuple):
     "How far a run is."
     status: Status
@@ -58,7 +58,7 @@ def watch(
     while True:
         try: status, invocations = _look(services, name)
         except redis.ConnectionError: status, invocations = Status(), 0  # the cloud is starting its parameter server again
-        if time.monotonic() - copied > 1 and not _has_all(services, name, mirror) or status.state != "running":
+        if status.state != "running" or _is_missing(mirror, name, time.monotonic() - copied):
             copy_down(cloud.bucket, mirror, name)
             copied = time.monotonic()
         report(Progress(status, invocations, time.monotonic() - began))
@@ -68,16 +68,18 @@ def watch(
         if cloud.failed: raise RuntimeError(cloud.failed)
         time.sleep(every)
 
-def _has_all(services: Services, name: str, mirror: Path) -> bool:
-    "Is there nothing more to copy? So it is, once the plan has come, in a run without checkpoints."
+def _is_missing(mirror: Path, name: str, seconds: float) -> bool:
+    "Must we look what is to be copied? At once until there is the plan, without which no run can be taken up; after that each second, in a run with checkpoints."
     plan = mirror / f"training_checkpoints/{name}/plan.json"
-    return plan.exists() and not msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every
+    return not plan.exists() or seconds > 1 and bool(msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every)
 
 def _look(services: Services, name: str) -> tuple[Status, int]:
     "A run's status and how many invocations it has made."
     run = services.runs.newest(name)
     if not services.runs.knows(run): return Status(), 0
-    return services.runs.status(run), sum(count.attempts for count in services.ledger.counts(services.runs.plan(run)).values())
+    status = services.runs.status(run)
+    if services.runs.newest(name) != run: return _look(services, name)  # it was taken up again between two questions
+    return status, sum(count.attempts for count in services.ledger.counts(services.runs.plan(run)).values())
 
 # %% ../../nbs/local/04_training.ipynb #6251b78a
 def copy_down(

@@ -7,6 +7,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
+from snn.handlers import checkpoint
 from snn.local.faults import KINDS, SMALL, Died, LabBucket, Schedule, run_in_lab, same, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import parameters as parameters_file
@@ -88,3 +89,22 @@ def test_a_run_that_dies_between_two_of_its_last_files_leaves_them_all_though_th
     result = run_in_lab(Schedule(0, ()), server.url, small("neuron", "best"), small_datasets())
     assert seen[kept + 1] == "death" and len(seen) == kept + 2 + 5 and seen[-1].endswith("/run.json")
     assert result.mended == 1 and same(result.layers, peace.layers)
+
+
+def test_a_run_that_two_take_up_at_the_same_moment_goes_on_once(server, monkeypatch):
+    peace, restore, resume, taken = in_peace(server.url, "neuron", "best"), checkpoint._restore, checkpoint.resume, []
+    def both(plan, content, services):
+        monkeypatch.setattr(checkpoint, "_restore", restore)
+        taken.clear()
+        assert checkpoint.resume(plan.name, services.bucket("lab"), services) != plan.run  # the other one, while this one is at it
+        return restore(plan, content, services)
+    def resumed(name, bucket, services):
+        taken.append(resume(name, bucket, services))
+        for run in services.runs.names():  # whoever looks sees one that goes on, and never that all have stopped
+            assert services.runs.status(run).state == ("running" if run == services.runs.newest(name) else "stopped")
+        return taken[-1]
+    monkeypatch.setattr(checkpoint, "_restore", both)
+    monkeypatch.setattr(checkpoint, "resume", resumed)
+    result = run_in_lab(Schedule(4, ("amnesia",), .2), server.url, small("neuron", "best"), small_datasets())
+    assert checkpoint._restore is restore and len(taken) > 1 and taken[0] == taken[1], "both say the same"
+    assert same(result.layers, peace.layers)
