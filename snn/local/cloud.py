@@ -36,7 +36,7 @@ def create_bucket(
     s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
         {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
 
-# %% ../../nbs/local/03_cloud.ipynb #1d9fdc65
+# %% ../../nbs/local/03_cloud.ipynb #b1d63cfb
 def _lambda_workers() -> type:
     "Workers that run the Lambda packages; imported when wanted, since they build packages."
     from snn.local.lambda_runtime import LambdaWorkers
@@ -68,7 +68,7 @@ class LocalCloud:
         create_bucket(self.aws, bucket, arn)
         self.bucket = Bucket(self.aws.client("s3"), bucket)
         self.own = Services(self.workers.environment)  # of the thread that carries
-        self._forgotten()
+        self._mark_server()
         self.own._buckets[bucket] = self.bucket
         self.carrier = threading.Thread(target=self._carry, daemon=True)
         self.carrier.start()
@@ -93,10 +93,10 @@ class LocalCloud:
     def _look_after(self) -> None:
         "What the watchdog's schedule does on AWS."
         self.workers.look_after()
-        self.workers.watch(self.own, self.bucket_name if self._forgotten() else "")
+        self.workers.watch(self.own, self.bucket_name if self._mark_server() else "")
 
-    def _forgotten(self) -> bool:
-        "Has the parameter server forgotten all runs? So it has if it was started anew and does not bear our mark; now it does."
+    def _mark_server(self) -> bool:
+        "Leave our mark on the parameter server; True if it bore none, for then it was started anew and has forgotten all runs."
         return self.own.store.client.set("snn:alive", 1, nx=True) is not None
 
     def _restart_server(self) -> None:

@@ -75,6 +75,19 @@ def test_a_fifth_of_all_events_duplicated_costs_less_than_a_third_more_invocatio
     assert same(result.layers, peace.layers)
 
 
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_with_a_fifth_of_all_events_duplicated_the_ledger_shows_each_finished_invocation_once(server, monkeypatch, granularity):
+    put, left = LabBucket.put, []
+    def keep(bucket, key, content):
+        if key.endswith("/run.json"): left.append(msgspec.json.decode(content)["invocations"])
+        put(bucket, key, content)
+    monkeypatch.setattr(LabBucket, "put", keep)
+    _, result = (run_in_lab(schedule, server.url, small(granularity, "best"), small_datasets()) for schedule in (Schedule(0, ()), Schedule(3, ("duplicate",), .2)))
+    peace, duplicated = left
+    assert {name: count["finished"] for name, count in duplicated.items()} == {name: count["finished"] for name, count in peace.items()}
+    assert result.injected["duplicate"] > 0 and sum(count["finished"] for count in peace.values()) > 0
+
+
 @pytest.mark.parametrize("kept", range(5))
 def test_a_run_that_dies_between_two_of_its_last_files_leaves_them_all_though_the_server_has_forgotten_it(server, monkeypatch, kept):
     peace, put, seen = in_peace(server.url, "neuron", "best"), LabBucket.put, []
