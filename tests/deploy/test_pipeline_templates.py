@@ -1,6 +1,7 @@
 """The pipeline and the service as CloudFormation would make them: who may do what, how the parts fit, and whether the
 services' own descriptions of their calls agree. cfn-lint and checkov look at these templates in test_templates.py."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -290,4 +291,59 @@ def test_what_the_pipeline_tests_is_there(root):
 def test_images_are_never_overwritten_and_old_ones_go():
     repository = CLUSTER["Resources"]["Repository"]["Properties"]
     assert repository["ImageTagMutability"] == "IMMUTABLE" and repository["ImageScanningConfiguration"] == {"ScanOnPush": True}
-    assert [rule["action"] for rule in json.loads(repository["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]] == [{"type": "expire"}] * 2
+    assert [rule["action"] for rule in json.loads(repository["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]] == [{"type": "expire"}] * 3
+
+
+def test_what_was_live_is_not_expired_with_what_was_refused(root):
+    rules = json.loads(CLUSTER["Resources"]["Repository"]["Properties"]["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    first, *_, last = sorted(rules, key=lambda rule: rule["rulePriority"])
+    assert first["selection"] == {"tagStatus": "tagged", "tagPrefixList": ["live-"], "countType": "imageCountMoreThan", "countNumber": 10}
+    assert last["selection"]["tagStatus"] == "any"   # ECR takes it in no other place
+    tagged, = (line for line in spec(root, "build")["phases"]["pre_build"]["commands"] if "put-image" in line)
+    assert '--image-tag "live-' in tagged
+
+
+def test_the_live_image_gets_a_tag_before_the_next_is_built(root, tmp_path):
+    "The very lines of the buildspec, with an aws that writes down what it is asked."
+    lines = [line for line in spec(root, "build")["phases"]["pre_build"]["commands"] if "LIVE" in line]
+    (tmp_path / "aws").write_text('#!/bin/bash\necho "$1 $2 ${*: -4}" >> asked\n'
+                                  'case "$2" in describe-stacks) echo "$STACK";; batch-get-image) echo manifest;; esac\n')
+    (tmp_path / "aws").chmod(0o755)
+    for stack, asked in (("registry/cats@sha256:1", ["describe-stacks", "batch-get-image", "put-image"]), ("", ["describe-stacks"])):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, check=True, capture_output=True, env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "STACK": stack, "SERVICE_STACK": "Cats-service", "REPOSITORY": "cats", "CODEBUILD_BUILD_NUMBER": "7"})
+        assert [line.split()[1] for line in (tmp_path / "asked").read_text().splitlines()] == asked
+
+
+def test_only_flaws_with_a_fix_stop_the_build(root):
+    from snn.deploy.image import critical
+    shape = get_session().get_service_model("ecr").operation_model("DescribeImageScanFindings").output_shape.members["imageScanFindings"]
+    enhanced = lambda name, fix: {"severity": "CRITICAL", "fixAvailable": fix, "packageVulnerabilityDetails": {"vulnerabilityId": name}}
+    found = {"findings": [{"name": "CVE-1", "severity": "CRITICAL"}, {"name": "CVE-2", "severity": "MEDIUM"}], "enhancedFindings": [enhanced("CVE-3", "NO"), enhanced("CVE-4", "YES")]}
+    validate_parameters(found, shape)
+    assert critical({"imageScanFindings": found}) == (["CVE-1", "CVE-3"], ["CVE-4"])
+    assert "apt-get upgrade" in (root / "infra" / "service" / "Dockerfile").read_text()
+
+
+def test_the_image_is_one_that_ecr_can_scan(root):
+    assert spec(root, "build")["env"]["variables"]["BUILDX_NO_DEFAULT_ATTESTATIONS"] == "1"
+
+
+@pytest.mark.parametrize("name", ["build", "test"])
+def test_a_source_without_run_bits_is_built(name, root, tmp_path):
+    "CodePipeline's zip of the repository keeps none, and the scripts call one another."
+    (tmp_path / "bin").mkdir()
+    for path in (root / "bin").iterdir(): (tmp_path / "bin" / path.name).write_bytes(path.read_bytes())
+    first = spec(root, name)["phases"]["install"]["commands"][0]
+    subprocess.run(["bash", "-ec", first], cwd=tmp_path, check=True)
+    assert all(os.access(path, os.X_OK) for path in (tmp_path / "bin").iterdir())
+
+
+def test_ecs_is_trusted_as_its_documentation_shows():
+    "Developer Guide, 'Amazon ECS infrastructure IAM role for load balancers': no condition on the source."
+    for template in TEMPLATES.values():
+        for resource in template["Resources"].values():
+            if resource["Type"] != "AWS::IAM::Role": continue
+            for statement in resource["Properties"]["AssumeRolePolicyDocument"]["Statement"]:
+                if statement["Principal"] == {"Service": "ecs.amazonaws.com"}: assert "Condition" not in statement

@@ -63,7 +63,9 @@ POLICIES = [
     ("Launch", "s3:GetObject", "arn:aws-cn:s3:::others/training_input/datasets.h5", {}, False),
     ("Launch", "s3:ListBucket", BUCKET, {"s3__prefix": "training_input/parameters.json"}, True),
     ("Launch", "s3:ListBucket", BUCKET, {"s3__prefix": "training_checkpoints/"}, True),
-    ("Launch", "s3:ListBucket", BUCKET, {}, False),
+    ("Launch", "s3:ListBucket", BUCKET, {"s3__prefix": "prediction_input/"}, False),
+    ("Launch", "s3:ListBucket", BUCKET, {}, True),    # so S3 asks before it says "no such file" (404) and not "forbidden" (403)
+    ("Neuron", "s3:ListBucket", BUCKET, {}, True),
     ("Launch", "lambda:InvokeFunction", FUNCTION.format("Trainer"), {}, True),
     ("Launch", "lambda:InvokeFunction", FUNCTION.format("Neuron"), {}, True),         # the watchdog sends what is missing
     ("Launch", "lambda:InvokeFunction", "arn:aws-cn:lambda:here-1:111111111111:function:Payroll", {}, False),
@@ -196,6 +198,55 @@ def test_the_dashboard_is_json():
     body = TEMPLATES["observability.yaml"]["Resources"]["Dashboard"]["Properties"]["DashboardBody"]
     widgets = json.loads(render(body, GIVEN, {}))["widgets"]
     assert [w["properties"]["title"] for w in widgets][0] == "Cost of each epoch" and all(w["properties"]["region"] == PSEUDO["AWS::Region"] for w in widgets)
+
+
+def lifecycle(when: str) -> str:
+    script = TEMPLATES["notebook.yaml"]["Resources"]["Lifecycle"]["Properties"][when][0]["Content"]["Fn::Base64"]
+    return render(script, {**GIVEN, "IdleMinutes": 60, "GitHubUser": "somebody", "CacheUrl": "rediss://there"}, {})
+
+
+def run_lifecycle(when: str, home: Path, **commands: str) -> subprocess.CompletedProcess:
+    "Run a script in a folder, with these commands and the usual ones; what it leaves in the background is waited for."
+    folder = home / "bin"
+    folder.mkdir(exist_ok=True)
+    usual = {"sudo": 'shift 2; exec "$@"', "nohup": 'exec "$@"', "sleep": f'touch "{home}/slept"'}
+    for name, body in {**usual, **commands}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (home / "SageMaker").mkdir(exist_ok=True)
+    text = lifecycle(when).replace("/home/ec2-user", str(home)).replace("/usr/local/bin/stop", f"{home}/stop")
+    return subprocess.run(["bash", "-c", f"({text}\ncode=$?; wait; exit $code)"], capture_output=True, text=True, env={"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(home)})
+
+
+@pytest.mark.parametrize("when", ["OnCreate", "OnStart"])
+def test_a_notebook_without_network_or_timers_is_made_all_the_same(when, tmp_path):
+    no = "echo no such thing >&2; exit 1"
+    done = run_lifecycle(when, tmp_path, curl=no, git=no, **{"systemd-run": no})
+    assert done.returncode == 0, done.stderr
+    logs = {path.name: path.read_text() for path in (tmp_path / "SageMaker").glob("*.log")}
+    if when == "OnCreate": assert "no such thing" in logs["install.log"] and "The installation failed" in logs["install.log"]
+    else: assert "It will not stop by itself" in logs["idle.log"] and "There is no kernel; install.log says why" in logs["kernel.log"]
+
+
+def test_a_notebook_brings_its_own_python_and_waits_for_it(tmp_path):
+    uv = 'mkdir -p .uv && printf \'#!/bin/sh\\n[ "$2" = find ] && echo its-python || true\\n\' > .uv/uv && chmod +x .uv/uv'
+    venv = 'mkdir -p serverless-neural-network/bin && echo \'echo "$PYTHON $1" > made\' > serverless-neural-network/bin/venv'
+    assert run_lifecycle("OnCreate", tmp_path, curl=f"cat > uv-install.sh <<'E'\n{uv}\nE", git=venv).returncode == 0
+    assert (tmp_path / "SageMaker" / "made").read_text().split() == ["its-python", "notebooks"], (tmp_path / "SageMaker" / "install.log").read_text()
+    arrives = 'b=serverless-neural-network/.venv/bin; mkdir -p $b; printf \'#!/bin/sh\\necho "$@" > kernel\\n\' > $b/python; chmod +x $b/python; touch $b/../installed-notebooks'
+    assert run_lifecycle("OnStart", tmp_path, sleep=arrives, **{"systemd-run": 'echo "$@"'}).returncode == 0
+    assert "ipykernel install --user --name snn" in (tmp_path / "SageMaker" / "kernel").read_text()
+    assert "--on-unit-active=5min" in (tmp_path / "SageMaker" / "idle.log").read_text()
+
+
+def test_training_stays_in_one_zone():
+    "Between zones each gigabyte is paid for on both sides, and an endpoint costs in each."
+    network, main = TEMPLATES["network.yaml"]["Resources"], TEMPLATES["main.yaml"]["Resources"]
+    assert [name for name, r in network.items() if r["Type"] == "AWS::EC2::Subnet"] == ["Subnet"]
+    for name in ("ParameterServer", "Functions"): assert main[name]["Properties"]["Parameters"]["Subnets"] == {"Fn::GetAtt": ["Network", "Outputs.Subnet"]}
+    for given, right in (("", {"Fn::GetAZs": ""}), ("here-1c", "here-1c")):
+        zone = network["Subnet"]["Properties"]["AvailabilityZone"]
+        assert render(zone, {**GIVEN, "Zone": given}, {"AnyZone": not given}) in (right, {"Fn::Select": [0, right]})
 
 
 @pytest.mark.parametrize("when", ["OnCreate", "OnStart"])

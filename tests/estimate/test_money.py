@@ -58,7 +58,7 @@ def test_one_case_by_hand():
                "Lambda, time": (1.5 * 1769 / 1024 + 2. + 20. + 2.8) * raw["lambda_gb_second"],
                "Valkey": .25 * raw["valkey_hour"],
                "DynamoDB": 2110 * raw["dynamodb_write"],
-               "Endpoints": .25 * 6 * raw["endpoint_hour"] + 1052 * setup["message_bytes"] / 1e9 * raw["endpoint_gb"],
+               "Endpoints": .25 * 3 * raw["endpoint_hour"] + 1052 * setup["message_bytes"] / 1e9 * raw["endpoint_gb"],
                "CloudWatch": 1053 * (setup["record_bytes"] + setup["line_bytes"]) / 1e9 * raw["logs_gb"] + .25 * 12 * raw["metric_hour"],
                "S3": 8 * raw["s3_put"] + 12 * raw["s3_get"],
                "SNS": 2 * raw["mail"],
