@@ -131,6 +131,7 @@ Next:
 def upload(
     stack: Stack,
     data: Annotated[Path, Option(help="A datasets.h5.")],
+    test: Annotated[Optional[Path], Option(help="The file with the test part, if --data holds the training part alone.")] = None,
     parameters: Annotated[Optional[Path], Option(help="A parameters.json; without it, the one in the bucket is used.")] = None,
     region: Region = None,
     endpoint_url: Endpoint = None,
@@ -140,7 +141,7 @@ def upload(
     from snn.deploy.inputs import Account, check_login
     account = Account(region, endpoint_url)
     check_login(account)
-    run = runs.upload(account, stack, data, parameters)
+    run = runs.upload(account, stack, data, parameters, test)
     out.print(f"Run {run} begins. Watch it with: snn watch --stack {stack} --run {run}", markup=False)
 
 def watch(

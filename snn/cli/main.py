@@ -48,12 +48,13 @@ def options(
 def main() -> None:
     "Run a command; errors of the user's become one sentence."
     stop_cleanly()
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # no name ends a command
     try: app()
-    except InputError as error: _end(str(error), 2)
+    except InputError as error: _end(str(error).replace("\n", "\\n"), 2)
     except Stopped as stop: _end("Stopped. Nothing is left running.", stop.code)
     except RuntimeError as error: _end(str(error), 1)
     except OSError as error: _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)  # as when the disk is full
 
 def _end(sentence: str, code: int) -> None:
-    err.print(sentence, style="red" if code < 100 else None, markup=False)
+    err.print(sentence, style="red" if code < 100 else None)
     sys.exit(code)

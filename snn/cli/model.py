@@ -55,9 +55,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     "Compare a model's answers with the truth."
-    trained, found = models.read(model), datasets.read(data)
-    if found.size != trained.size:
-        raise InputError(f"{model} takes images of {trained.size}x{trained.size} pixels, but {data} holds images of {found.size}x{found.size}")
-    evaluation = models.evaluate(trained, found.test_x, found.test_y)
+    trained, (images, labels) = models.read(model), datasets.read_test(data)
+    size = images.shape[1]
+    if size != trained.size:
+        raise InputError(f"{model} takes images of {trained.size}x{trained.size} pixels, but {data} holds images of {size}x{size}")
+    evaluation = models.evaluate(trained, images, labels)
     if json: return print_json(evaluation)
     out.print(_table(evaluation, trained.classes))

@@ -59,6 +59,7 @@ def _check_folder(folder: Path) -> None:
 # %% ../../nbs/cli/02_train.ipynb #b6c850f1
 def train(
     data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
+    test: Annotated[Optional[Path], Option(help="The file with the test part, if --data holds the training part alone.")] = None,
     parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
     out_folder: Annotated[Path, Option("--out", help="Folder for results, model and plot.")] = Path("out"),
     epochs: Annotated[Optional[int], Option(help="Epochs at most, instead of the file's.")] = None,
@@ -76,13 +77,14 @@ def train(
     chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
     _check_folder(out_folder)
     if runtime not in ("inline", "lambda"): raise InputError(f"--runtime is {runtime}; it may be inline or lambda")
+    if test and not data: raise InputError("--test needs --data, the file with the training part")
     if data is None:
         if not quiet: err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()
-    found = read_datasets(data)
+    found = read_datasets(data, test=test)
     if not quiet: err.print(f"Training on {len(found.train_x)} images of {found.size}x{found.size} pixels, granularity {chosen.granularity}.")
     with TrainingProgress(chosen.epochs, quiet) as shown:
-        outcome = training.train(chosen, data, out_folder, shown.report, workers, runtime=runtime)
+        outcome = training.train(chosen, data, out_folder, shown.report, workers, runtime=runtime, test=test)
     if json: return print_json(outcome._asdict())
     if quiet: return
     out.print(summary(outcome))

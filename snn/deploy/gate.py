@@ -113,7 +113,7 @@ def test_part(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "datasets.h5")
         s3.download_file(bucket, found.key, str(path), ExtraArgs={"VersionId": found.version})
-        datasets = data.read(path, f"s3://{bucket}/{found.key}")
+        datasets = data.read(path, f"s3://{bucket}/{found.key}", alone=True)
     return datasets.test_x, datasets.test_y
 
 # %% ../../nbs/deploy/07_gate.ipynb #653502a8

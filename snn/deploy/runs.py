@@ -10,6 +10,7 @@ __all__ = ['PARAMETERS', 'DATA', 'WHERE', 'bucket_of', 'upload', 'newest_run', '
 import json
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +40,15 @@ def upload(
     stack: str,
     data: Path,               # a datasets.h5
     parameters: Path | None,  # a parameters.json, or None for the one that is there already
+    test: Path | None=None,   # the file with the test part, if it is another one
 ) -> str: # the run
     "Put parameters and data where they start a run; raises `InputError` for wrong files."
-    datasets.read(data)
+    sent = datasets.content(data, test)
     if parameters: read(parameters)
     s3, bucket = account.client("s3"), bucket_of(account, stack)
     if parameters: s3.upload_file(str(parameters), bucket, PARAMETERS)
     elif not Bucket(s3, bucket).keys(PARAMETERS): raise InputError(f"there is no s3://{bucket}/{PARAMETERS} yet; give --parameters")
-    s3.upload_file(str(data), bucket, DATA)
+    s3.upload_fileobj(BytesIO(sent), bucket, DATA)
     return newest_run(account, bucket)
 
 def newest_run(

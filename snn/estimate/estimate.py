@@ -30,11 +30,8 @@ def data_size(
 ) -> tuple[int, int]: # images to learn from, and their edge in pixels
     "How much data there is; raises `InputError`."
     if path is None: return DRAWN
-    import h5py
-    if not Path(path).is_file(): raise InputError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file: count, size, *_ = file["train_set_x"].shape
-    except (OSError, KeyError, ValueError): raise InputError(f"{path}: not an HDF5 file with train_set_x; snn data pack makes one") from None
+    with datasets.opened(path, kind="an HDF5 file with train_set_x; snn data pack makes one") as file:
+        count, size, *_ = file["train_set_x"].shape
     return count, size
 
 def planned(

@@ -55,7 +55,7 @@ def read_datasets(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "datasets.h5")
         path.write_bytes(services.bucket(upload.bucket).get(upload.key))
-        return data.read(path, f"s3://{upload.bucket}/{upload.key}")
+        return data.read(path, f"s3://{upload.bucket}/{upload.key}", alone=True)
 
 # %% ../../nbs/handlers/06_launch.ipynb #d56e2929
 def make_plan(

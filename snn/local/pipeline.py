@@ -177,7 +177,7 @@ def train_in_cloud(
 ) -> None:
     "Start a run on a deployed stack by an upload, wait for its end, and fetch its results and checkpoints."
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
-    answer = bucket.client.put_object(Bucket=bucket.name, Key="training_input/datasets.h5", Body=Path(datasets).read_bytes())
+    answer = bucket.client.put_object(Bucket=bucket.name, Key="training_input/datasets.h5", Body=data.content(datasets))
     run = run_id(Upload(bucket.name, "training_input/datasets.h5", answer["ETag"].strip('"')), parameters)
     wait_for(bucket, run, every, soon)
     fetch(bucket, run, out)

@@ -179,17 +179,18 @@ def train(
     workers: int | None=None,                             # as many as there are processors
     ledger: str="store",                                  # or dynamodb
     runtime: str="inline",                                # or lambda
+    test: Path | None=None,                               # the file with the test part, if it is another one
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
-    data.read(datasets)
+    sent, kept = data.content(datasets, test), out / UNFINISHED / "datasets.h5"
     if runtime == "lambda" and parameters.residents: workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
     with LocalCloud(workers, ledger, runtime=runtime) as cloud:
         began = time.monotonic()
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        _write_whole(out / UNFINISHED / "datasets.h5", Path(datasets).read_bytes())
-        name = run_id(cloud.upload(parameters, datasets), parameters)
+        _write_whole(kept, sent)
+        name = run_id(cloud.upload(parameters, kept), parameters)
         plan = watch(cloud, name, report, out / UNFINISHED)
-        return _finish(cloud, plan, out, Path(datasets), began)
+        return _finish(cloud, plan, out, kept, began)
 
 def cut_short(
     out: Path,  # folder of a training

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from .data import standardise, written_whole
+from .data import check_classes, opened, standardise, text_of, written_whole
 from .network import activations, cost
 from .parameters import InputError, Parameters, parse
 
@@ -55,7 +55,7 @@ def _check_numbers(model: Model) -> Model:
             if array.dtype.kind != "f": raise InputError(f"{name}{l} is {array.dtype}; it must be float64")
             if not np.isfinite(array).all(): raise InputError(f"{name}{l} holds a value that is infinite or not a number")
     if model.size < 1: raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
-    if len(model.classes) != 2: raise InputError(f"classes holds {len(model.classes)} names; it must be two")
+    check_classes("classes", model.classes)
     return model
 
 # %% ../../nbs/maths/07_model.ipynb #c31bd44d
@@ -73,20 +73,16 @@ def read(
     path: str | Path,  # of a params.h5
 ) -> Model:
     "A model from its file; raises `InputError`."
-    import h5py
-    if not Path(path).is_file(): raise InputError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            for key in ("parameters", "classes", "image_size"):
-                if key not in file.attrs: raise InputError(f"has no attribute {key}; was it written by snn?")
-            parameters = parse(file.attrs["parameters"], "its parameters")
-            missing = [f"{k}{l}" for l in range(1, parameters.layers + 1) for k in "Wb" if f"{k}{l}" not in file]
-            if missing: raise InputError(f"has no {missing[0]}, but its parameters name {parameters.layers} layers")
-            layers = [(file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, parameters.layers + 1)]
-            model = Model(parameters, layers, tuple(map(str, file.attrs["classes"])), int(file.attrs["image_size"]))
+    with opened(path, kind="a model file") as file:
+        for key in ("parameters", "classes", "image_size"):
+            if key not in file.attrs: raise InputError(f"has no attribute {key}; was it written by snn?")
+        parameters = parse(file.attrs["parameters"], "its parameters")
+        missing = [f"{k}{l}" for l in range(1, parameters.layers + 1) for k in "Wb" if f"{k}{l}" not in file]
+        if missing: raise InputError(f"has no {missing[0]}, but its parameters name {parameters.layers} layers")
+        layers = [(file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, parameters.layers + 1)]
+        classes = tuple(map(text_of, np.ravel(file.attrs["classes"])))
+        model = Model(parameters, layers, classes, int(file.attrs["image_size"]))
         return _check_numbers(_check_shapes(model))
-    except InputError as error: raise InputError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError): raise InputError(f"{path}: not a model file, or a damaged one") from None
 
 # %% ../../nbs/maths/07_model.ipynb #8a296b4e
 def wilson_interval(

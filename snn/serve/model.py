@@ -65,8 +65,7 @@ def load(
     model = read(sources.model)
     evaluation = None
     if sources.data:
-        datasets = data.read(sources.data)
-        evaluation = evaluate(model, datasets.test_x, datasets.test_y)
+        evaluation = evaluate(model, *data.read_test(sources.data))
     run = _run(sources.run) if sources.run else None
     return Served(model, model_id(model), datetime.now(timezone.utc), evaluation, run)
 
