@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from typer import Argument, Option
 
-from .console import out, print_json
+from .console import err, out, print_json
 from ..maths.data import Datasets, content, doubles, faults, read, write, written_whole
 from ..maths.parameters import InputError
 
@@ -72,8 +72,10 @@ def pack(
     "Make a data set from two folders of pictures."
     from snn.maths import photographs
     _check_folder(out_file)
-    datasets = photographs.pack(cat, non_cat, size, test_fraction, seed)
+    told: list[str] = []
+    datasets = photographs.pack(cat, non_cat, size, test_fraction, seed, told.append)
     write(datasets, out_file)
+    for line in told: err.print(line)
     _say(out_file, datasets)
 
 # %% ../../nbs/cli/04_data.ipynb #8b899f4e

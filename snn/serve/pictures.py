@@ -13,6 +13,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from ..maths.photographs import NotAPicture, picture
 from .problems import Problem
 
 # %% ../../nbs/serve/04_pictures.ipynb #3c978bae
@@ -21,33 +22,24 @@ KNOWN = "JPEG, PNG, WebP, GIF and BMP are known"
 MEGAPIXELS = 16
 
 # %% ../../nbs/serve/04_pictures.ipynb #df2ee76e
-def _open(content: bytes) -> Image.Image:
-    "A picture whose header has been read and whose pixels have not."
-    try: return Image.open(BytesIO(content), formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise Problem("too-many-pixels", f"the picture is enormous; at most {MEGAPIXELS} million pixels are read") from None
-    except Exception:  # a reader that stumbles over hostile bytes may raise anything
-        raise Problem("not-an-image", f"this is not an image, or its beginning is damaged; {KNOWN}") from None
-
-# %% ../../nbs/serve/04_pictures.ipynb #44b0a606
-def _check_pixels(image: Image.Image) -> None:
-    "Raise a `Problem` for a picture with too many pixels."
-    if image.width * image.height > MEGAPIXELS * 10 ** 6:
-        raise Problem("too-many-pixels", f"the picture has {image.width:,} by {image.height:,} pixels; "
-                                         f"at most {MEGAPIXELS} million in all are read")
+def _problem(wrong: NotAPicture) -> Problem:
+    "Why there is no picture, for the one who sent it."
+    if wrong.kind == "not-an-image":
+        return Problem(wrong.kind, f"this is not an image, or its beginning is damaged; {KNOWN}")
+    if wrong.kind == "damaged-image":
+        return Problem(wrong.kind, "the picture breaks off or is damaged; save or download it again")
+    if not wrong.size: return Problem(wrong.kind, f"the picture is enormous; at most {MEGAPIXELS} million pixels are read")
+    width, height = wrong.size
+    return Problem(wrong.kind, f"the picture has {width:,} by {height:,} pixels; at most {MEGAPIXELS} million in all are read")
 
 # %% ../../nbs/serve/04_pictures.ipynb #425dd396
 def decode(
     content: bytes,
-) -> Image.Image: # loaded; the first frame of an animation
-    "The picture that these bytes are; raises `Problem`."
+) -> Image.Image: # upright and in RGB; the first frame of an animation
+    "The picture that these bytes are, through the door that training uses; raises `Problem`."
     if not content: raise Problem("not-an-image", f"the file is empty; {KNOWN}")
-    image = _open(content)
-    _check_pixels(image)
-    try: image.load()
-    except Exception:  # as above
-        raise Problem("damaged-image", "the picture breaks off or is damaged; save or download it again") from None
-    return image
+    try: return picture(content, FORMATS, MEGAPIXELS * 10 ** 6)
+    except NotAPicture as wrong: raise _problem(wrong) from None
 
 # %% ../../nbs/serve/04_pictures.ipynb #4f4a2977
 def refuse_bombs() -> None:
