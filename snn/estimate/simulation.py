@@ -33,6 +33,7 @@ class Place(Struct, frozen=True):
     environments: dict[str, int] = {}  # at most, of each function; queue: the workers, under the name of any function; resident: the seats
     concurrency: int = 1000            # executions at the same time, over all functions
     scaling: float = 100.0             # new environments per second and function
+    back_off: bool = False             # does an event that finds no place come again later, as at Lambda? Else it waits in line
     memory: dict[str, float] = {}      # MB of each function; none: each has a processor
     cores: int = 0                     # processors that all share; 0: each function has its own share
     ledger: bool = True                # is a copy of the ledger kept in DynamoDB?
@@ -58,7 +59,7 @@ def aws(
     memory = dict(zip(FUNCTIONS, (book.setup[f"{name}_memory"].value for name in ("launch", "trainer", "neuron"))))
     limits = {"environments": {name: round(book.quotas["concurrency"].value) for name in FUNCTIONS},
               "concurrency": round(book.quotas["concurrency"].value), "scaling": book.quotas["scaling"].value}
-    return Place({**times, **changes}, memory=memory, **limits)
+    return Place({**times, **changes}, memory=memory, back_off=True, **limits)
 
 def on_aws(
     plan: Plan,
@@ -213,7 +214,7 @@ class Pools(Server):
         count = lambda: {name: 0 for name in FUNCTIONS}
         self.idle, self.line = {name: [] for name in FUNCTIONS}, {name: deque() for name in FUNCTIONS}
         self.invocations, self.starts, self.seconds, self.init, self.next_start = count(), count(), count(), count(), count()
-        self.running = self.peak = 0
+        self.running = self.peak = self.throttles = 0
         self.longest = 0.
 
     def deliver(self, message: Message, accepted: float=0.) -> Iterator:
@@ -230,7 +231,8 @@ class Pools(Server):
 
     def host(self, function: str) -> Iterator: # -> Host
         "A free environment: a warm one, or a new one, or the next that is free."
-        if self.running >= self.place.concurrency or not (self.idle[function] or self.starts[function] < self.place.environments[function]):
+        if self.place.back_off: yield from self.come_again(function)
+        if self.full(function):
             free = self.clock.event()
             self.line[function].append(free)
             yield free
@@ -238,6 +240,19 @@ class Pools(Server):
         self.peak = max(self.peak, self.running)
         if self.idle[function]: return self.idle[function].pop()
         return (yield from self.cold(function))
+
+    def full(self, function: str) -> bool:
+        "Is there no place for one more execution?"
+        room = self.idle[function] or self.starts[function] < self.place.environments[function]
+        return self.running >= self.place.concurrency or not room
+
+    def come_again(self, function: str) -> Iterator:
+        "Lambda turns away an event that finds no place, and tries it again later and later."
+        pause = self.times["back_off"]
+        while self.full(function):
+            self.throttles += 1
+            yield self.clock.timeout(pause)
+            pause = min(2 * pause, self.times["back_off_most"])
 
     def cold(self, function: str) -> Iterator:
         "A new environment, no faster than Lambda makes them."
@@ -283,6 +298,7 @@ class Outcome(NamedTuple):
     bytes: int                     # to and from it
     busy: float                    # seconds that the parameter server worked
     longest: float                 # invocation, in seconds
+    throttles: int = 0             # events that found no place and came again
 
     @property
     def per_epoch(self) -> float:
@@ -309,7 +325,7 @@ class World(Pools):
         first = epoch_messages(self.plan, 0, "", 1)
         {"invoke": self.begin_functions, "queue": self.begin_workers, "resident": self.begin_residents}[self.place.transport](first)
         self.clock.run(self.done)
-        return Outcome(self.ends, self.invocations, self.seconds, self.init, self.starts, self.peak, self.requests, self.moved, self.busy, self.longest)
+        return Outcome(self.ends, self.invocations, self.seconds, self.init, self.starts, self.peak, self.requests, self.moved, self.busy, self.longest, self.throttles)
 
     def begin_functions(self, first: list[Message]) -> None:
         for message in first: self.clock.process(self.deliver(message))

@@ -6,7 +6,8 @@
 __all__ = ['IMAGES_KEPT', 'Block', 'Arrays', 'memory', 'recall', 'forget', 'pack_images', 'training_data', 'indices', 'images',
            'labels', 'own_weights', 'remember', 'first_weights', 'unknown_weights', 'source_key', 'weight_names',
            'keep_weights', 'weights', 'layer_blocks', 'layer_weights', 'network_blocks', 'network_at', 'end_early',
-           'give_up', 'Runaway', 'check_hops', 'begin', 'pack', 'Diverged', 'finite', 'finite_cost', 'leads', 'meet']
+           'spare', 'give_up', 'Runaway', 'check_hops', 'begin', 'pack', 'Diverged', 'finite', 'finite_cost', 'leads',
+           'meet']
 
 # %% ../../nbs/handlers/01_inputs.ipynb #7171e034
 from collections import OrderedDict
@@ -248,6 +249,18 @@ def end_early(
     services.topic.tell(f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}.")
 
 # %% ../../nbs/handlers/01_inputs.ipynb #56e0ec48
+def spare(
+    event: dict,  # a message that failed for good
+    services: Services,
+) -> bool:
+    "Does its run go on without it? So it is with a duplicate, and with what belongs to an earlier life of the run."
+    run = event["run"]
+    if services.runs.newest(services.runs.plan(run).name) != run: return True
+    if event.get("state") == "stay": return False
+    message = msgspec.convert(event, Message)
+    if message.epoch < services.runs.status(run).epoch: return True
+    return message.step in services.runs.finished_steps(run, message.batch, message.epoch)
+
 def give_up(
     function: str,
     event: dict,   # that failed for good
@@ -255,12 +268,12 @@ def give_up(
     reason: str,   # of the last failure
     services: Services,
 ) -> None:
-    "End the run that an event belongs to, with the reason: without the event it can't go on."
+    "End the run that an event belongs to, with the reason, if it can't go on without the event."
     run = event.get("run")
     if run is None: return services.runs.refuse(function, reason)
     if not services.runs.knows(run): return  # a message of a run that the parameter server has lost
     name = f"{function}, asked to stay," if event.get("state") == "stay" else msgspec.convert(event, Message).id
-    if services.runs.status(run).state == "running":
+    if services.runs.status(run).state == "running" and not spare(event, services):
         end_early(services.runs.plan(run), services, "failed", f"{name} failed {tries} times: {reason}")
 
 # %% ../../nbs/handlers/01_inputs.ipynb #666b7ae7

@@ -5,8 +5,9 @@ from hypothesis import given, settings, strategies as st
 
 from snn.cloud.prices import load
 from snn.estimate.designs import ORIGINAL_EPOCH, default_plan, designs, original, with_residents
+from snn.estimate.estimate import run_seconds
 from snn.estimate.figures import assumptions, priced, swings
-from snn.estimate.simulation import aws, on_aws, simulate
+from snn.estimate.simulation import World, aws, on_aws, simulate
 from snn.estimate.work import epoch_work
 
 GRANULARITIES = ("neuron", "layer", "network")
@@ -48,6 +49,40 @@ def test_no_more_functions_run_than_may(book):
     place = msgspec.structs.replace(aws(book), concurrency=7)
     outcome, free = simulate(default_plan(), place, 2), simulate(default_plan(), aws(book), 2)
     assert outcome.peak <= 7 < free.peak and outcome.per_epoch > free.per_epoch
+
+
+def quota_of(book, count):
+    quota = msgspec.structs.replace(book.quotas["concurrency"], value=count)
+    return book._replace(quotas={**book.quotas, "concurrency": quota})
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_higher_quota_is_never_slower_and_a_low_one_is_dear(granularity, book):
+    "An event that finds no place comes again after 1, 2, 4 ... seconds. No luck: the quota alone differs."
+    plan = default_plan(granularity)
+    found = [simulate(plan, on_aws(plan, quota_of(book, count), jitter=0., straggler=0.), 4) for count in (10, 50, 1000)]
+    times = [run_seconds(outcome, 2957) for outcome in found]
+    about = .999  # which mini-batch leads is drawn by lot, and fewer environments read less at first
+    assert times[0] >= times[1] * about and times[1] >= times[2] * about and found[2].throttles == 0
+    if granularity == "neuron": assert times[0] > 3 * times[2] and found[0].throttles > found[1].throttles > 0
+
+
+def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
+    "Of two messages the second waits for the first, which takes long: at 1, 3, 7 ... seconds it asks again."
+    plan, waits = default_plan("neuron"), []
+    place = msgspec.structs.replace(aws(book), concurrency=1)
+    world = World(plan, place, 1, 0)
+    world.running = 1
+    def ask():
+        yield from world.come_again("NeuronLambda")
+        waits.append(world.clock.now)
+    def free():
+        yield world.clock.timeout(700)
+        world.running = 0
+    world.clock.process(ask())
+    world.clock.process(free())
+    world.clock.run()
+    assert waits == [1 + 2 + 4 + 8 + 16 + 32 + 64 + 128 + 256 + 300] and world.throttles == 10
 
 
 def test_a_failure_costs_its_retry(book):
