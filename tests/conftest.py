@@ -1,9 +1,11 @@
 """What several tests use: parameters, data sets of a few pixels, a cloud, and the `snn` command."""
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -17,7 +19,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The tests bring their own servers and settings.
 for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"): os.environ.pop(name, None)
 
+# No test asks the real AWS, least of all with the keys of whoever runs it.
+os.environ |= {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_EC2_METADATA_DISABLED": "true",
+               "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+os.environ.pop("AWS_SESSION_TOKEN", None)
+
 import h5py
+import hypothesis
 import msgspec
 
 from snn.cloud.bucket import Upload
@@ -26,8 +34,28 @@ from snn.local.cloud import LocalCloud
 from snn.maths import data
 from snn.maths.parameters import Parameters, from_dict
 
+# Chance is seeded, and a slow machine fails no property. `pytest --hypothesis-seed N` throws other dice.
+hypothesis.settings.register_profile("seeded", max_examples=50, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("seeded")
+
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "datasets.h5"  # photographs that are not ours to publish
+
+
+HERE = {"localhost", "localhost.", "", "0.0.0.0", "::", "::1"}
+
+
+def stay_here(event: str, arguments: tuple) -> None:
+    "An audit hook: a test that leaves this machine fails."
+    if event not in ("socket.connect", "socket.getaddrinfo"): return
+    address = arguments[1] if event == "socket.connect" else arguments
+    if not isinstance(address, tuple): return  # a Unix socket
+    host = address[0].decode() if isinstance(address[0], bytes) else address[0]
+    if host is None or host in HERE or host.removeprefix("::ffff:").startswith("127."): return
+    raise ConnectionRefusedError(f"a test wanted to leave this machine: {event} to {host}")
+
+
+sys.addaudithook(stay_here)
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +199,55 @@ def run_snn(spawn):
         with spawn(*arguments, **options) as process: said = process.communicate(timeout=120)
         return process.returncode, *said
     return run
+
+
+def shorten_pauses() -> None:
+    "Shorten the pauses with which the tests poll tenfold, and leave those of the code that is tested."
+    pause = time.sleep
+    def short(seconds: float) -> None:
+        own = sys._getframe(1).f_code.co_filename.startswith(str(ROOT / "tests"))
+        pause(seconds / 10 if own and seconds <= 1 else seconds)
+    time.sleep = short
+
+
+if os.environ.get("SNN_TESTS_QUICK"): shorten_pauses()  # tests/anywhere quick
+
+
+def pytest_collection_modifyitems(items):
+    "Files in random order, and the tests of each too: tests/anywhere shuffled."
+    if not (seed := os.environ.get("SNN_TESTS_SEED")): return
+    dice, groups = random.Random(int(seed)), {}
+    for item in items: groups.setdefault(item.path, []).append(item)
+    files = list(groups.values())
+    dice.shuffle(files)
+    for group in files: dice.shuffle(group)
+    items[:] = [item for group in files for item in group]
+
+
+# What brings tests that were skipped, by a word of the reason; a reason that has no word here says it itself.
+BRINGS = {"no photographs": "put a datasets.h5 of photographs there",
+          "no ../shared/data/": "put the photograph there", "no aws": "pipx install awscli",
+          "PyTorch": ".venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu",
+          "scikit-learn": ".venv/bin/pip install scikit-learn",
+          "Python 3.13": "put a python3.13 on the PATH (uv python install 3.13)"}
+
+
+def reason_of(report) -> str:
+    "Why a test or a file was skipped."
+    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return said.removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What was skipped, a line for each reason, and how to get it."
+    reasons = Counter(reason_of(report) for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.section("skipped, and how to get it")
+    for reason, count in sorted(reasons.items()):
+        how = next((how for word, how in BRINGS.items() if word in reason and how not in reason), "")
+        line = f"{count} test{'s' * (count > 1)}: {reason}{'; to get it: ' + how if how else ''}"
+        terminalreporter.write_line(line)
+    if not terminalreporter.config.getoption("--faults"):
+        terminalreporter.write_line("of the fault schedules a slice; to get all: bin/test --faults")
 
 
 def pytest_addoption(parser):

@@ -5,7 +5,7 @@ from statistics import NormalDist
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as some
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -14,9 +14,6 @@ from snn.maths import data, network
 from snn.maths.model import wilson_interval
 from snn.maths.neuron import ACTIVATIONS, backward, forward, sigmoid
 from snn.maths.parameters import from_dict, parse
-
-settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
-settings.load_profile("quick")
 
 SMOOTH = ["tanh", "sigmoid"]  # have a derivative everywhere, so that a numeric one can be compared
 kinds, seeds, widths = some.sampled_from(sorted(ACTIVATIONS)), some.integers(0, 2**32), some.integers(1, 6)

@@ -132,7 +132,15 @@ def test_the_codebook_runs_with_a_single_mini_batch_and_a_single_epoch(small_dat
 
 @pytest.mark.timeout(600)
 def test_the_stories_run_with_photographs(real_data, tmp_path):
-    for name in STORIES: check_outputs(run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {"data": str(real_data), "epochs": 4}, longest=LONGEST))
+    given = {"data": str(real_data), "epochs": 4}
+    unseen = [path for name in ("grumpy_cat.jpeg", "gargouille.jpeg") if (path := PHOTOGRAPHS / name).is_file()]
+    (tmp_path / "unseen").mkdir()
+    for path in unseen: shutil.copy(path, tmp_path / "unseen")
+    for name in STORIES:
+        more = {"unseen": str(tmp_path / "unseen")} if name == "Analysis" else {}
+        ran = run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given | more, longest=LONGEST)
+        check_outputs(ran)
+    for path in unseen: assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said_in(ran)), path.name
 
 
 def test_the_analysis_refuses_data_of_another_run(run_folder, small_datasets, tmp_path):
@@ -285,12 +293,13 @@ def test_a_run_is_found_by_its_name(run_folder, tmp_path):
     with pytest.raises(InputError, match="which holds no run"): find_record(name, tmp_path)
 
 
-def test_replay_takes_the_name_of_a_run(snn, run_folder, small_data, tmp_path):
+def test_replay_takes_the_name_of_a_run(snn, run_folder, small_data, cloud, monkeypatch):
     name, where = read_record(run_folder).plan.name, ["--epoch", 4, "--batch", 1, "--layer", 2, "--neuron", 3]
     code, said, _ = snn("replay", name, *where, "--out", run_folder, "--data", small_data, "--direction", "backward")
     assert code == 0 and f"NeuronLambda {name}/4/1/" in said and "dz = da · g'(z)" in said
     code, said, error = snn("replay", "another", *where, "--out", run_folder)
     assert code == 2 and error.startswith("another: no such folder, and no run of that name") and not said
+    for variable, value in cloud.environment.items(): monkeypatch.setenv(variable, value)  # the bucket is looked for on this machine
     code, said, error = snn("replay", name, *where, "--bucket", "no-such-bucket-of-ours", "--region", "mars")
     assert code == 2 and error.startswith("s3://no-such-bucket-of-ours: ") and "Traceback" not in error
 
@@ -444,8 +453,7 @@ def test_the_analysis_reads_a_bucket_and_takes_pictures_of_every_kind(cloud, par
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
     for kind, name in [("L", "grey.png"), ("RGBA", "rgba.png"), ("CMYK", "cmyk.jpeg"), ("P", "palette.gif"), ("1", "ink.png")]: picture.convert(kind).save(unseen / name)
     (unseen / "broken.jpeg").write_bytes(b"not a picture")
-    for name in ("grumpy_cat.jpeg", "gargouille.jpeg"):
-        if (PHOTOGRAPHS / name).is_file(): (unseen / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
+    for name, size in [("upright.jpeg", (300, 400)), ("wide.jpeg", (900, 200))]: picture.resize(size).save(unseen / name)
     ran = run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"bucket": cloud.bucket_name, "region": "us-east-1", "unseen": str(unseen)})
     check_outputs(ran)
     said = said_in(ran)

@@ -53,11 +53,11 @@ def test_functions_that_stay_train_to_the_same_bytes_and_are_invoked_once(granul
 
 
 def test_a_function_calls_its_successor_before_its_time_is_up(tmp_path, packages, parameters, datasets, inline, events, monkeypatch):
-    monkeypatch.setattr(LambdaWorkers, "timeout", 8.)
+    monkeypatch.setattr(LambdaWorkers, "timeout", 5.9)  # so little that it calls its successor as soon as it has looked for messages once
     monkeypatch.setattr(LambdaWorkers, "every", 1e6)  # no watchdog calls anybody
-    chosen = msgspec.structs.replace(parameters, granularity="network", epochs=1500, residents=1)
+    chosen = msgspec.structs.replace(parameters, granularity="network", epochs=60, residents=1)
     outcome = train(chosen, datasets, tmp_path, runtime="lambda")
-    assert weights(outcome.files["params.h5"]) == inline(1500, "network")
+    assert weights(outcome.files["params.h5"]) == inline(60, "network")
     assert len(calls(events, "NeuronLambda")) > 1 and len(calls(events, "LaunchLambda")) > 1
 
 

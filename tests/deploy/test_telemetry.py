@@ -16,6 +16,7 @@ from snn.cloud.bucket import Bucket, Upload  # noqa: E402
 from snn.cloud.ledger import create_tables  # noqa: E402
 from snn.cloud.messages import Message  # noqa: E402
 from snn.cloud.services import Services  # noqa: E402
+from snn.cloud.store import tag  # noqa: E402
 from snn.cloud.telemetry import NAMESPACE  # noqa: E402
 from snn.deploy.package import HANDLERS, unzip  # noqa: E402
 from snn.handlers.launch import run_id  # noqa: E402
@@ -84,9 +85,13 @@ def lines(cloud, until, parameters, datasets):
     said = lambda word: any(word in line["message"] for line in cloud.lines())
     until(lambda: said("duplicate"), "the duplicate was told")
 
-    other = msgspec.structs.replace(cloud.services.runs.plan(run), run="other", parameters=msgspec.structs.replace(parameters, epochs=10**6, stall_after=.01))
+    other = msgspec.structs.replace(cloud.services.runs.plan(run), run="other", parameters=msgspec.structs.replace(parameters, epochs=10**6))
     cloud.services.runs.begin(other)       # and nobody sends its first messages
-    for _ in range(2): cloud.put("Launch", {"state": "watch"})
+    record, store = f"{tag('other')}:run", cloud.services.store.client
+    cloud.put("Launch", {"state": "watch"})
+    until(lambda: store.hexists(record, "since"), "the watchdog has looked for the first time")
+    store.hset(record, "since", 0)         # as if that had been long ago
+    cloud.put("Launch", {"state": "watch"})
     until(lambda: said("stalled"), "the stall was told")
     cloud.put("Neuron", Message("NeuronLambda", "forward", "other", 10**6, 0, 9, 0, 1))
     until(lambda: cloud.runtime.dead, "the message has failed for good")

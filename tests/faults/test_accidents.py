@@ -11,11 +11,13 @@ import time
 import h5py
 import msgspec
 import pytest
+import redis
 
 from snn.cloud.store import connect
 from snn.handlers.launch import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud
+from snn.local.server import parameter_server
 from snn.local.worker import Workers
 from snn.maths import data
 
@@ -29,10 +31,24 @@ def processes_with(text: str) -> list[str]:
     return [line for line in found if text in line and "ps -eo" not in line]
 
 
+# Trains like `snn train`, but waits for ever as soon as a checkpoint has been copied, so that it can not end before it is killed.
+HELD = """
+import signal
+from snn.cli.main import main
+from snn.local import training
+copy_down = training.copy_down
+def held(bucket, mirror, name):
+    copy_down(bucket, mirror, name)
+    if list(mirror.rglob("0000*.npz")): mirror.joinpath("copied").touch(); signal.pause()
+training.copy_down = held
+main()
+"""
+
+
 @pytest.fixture
 def long_run(parameters):
-    "Parameters of a run that takes some seconds."
-    return parameters((5, 3, 1), epochs=60, batch_size=32, granularity="layer", checkpoint_every=10, learning_rate=.05)
+    "Parameters of a run with some checkpoints, none of them at its end."
+    return parameters((5, 3, 1), epochs=65, batch_size=32, granularity="layer", checkpoint_every=10, learning_rate=.05)
 
 
 def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_same_bytes(tmp_path, small_data, long_run, until):
@@ -41,15 +57,15 @@ def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_
     parameters_json.write_bytes(msgspec.json.encode(long_run))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    program = subprocess.Popen([sys.executable, "-c", "from snn.cli.main import main; main()", "train", "--data", small_data, "--parameters", parameters_json,
+    program = subprocess.Popen([sys.executable, "-c", HELD, "train", "--data", small_data, "--parameters", parameters_json,
                                 "--out", tmp_path / "cut"], start_new_session=True, env={**os.environ, "TMPDIR": str(scratch)},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: list((tmp_path / "cut").rglob("*.npz.partial")) or len(list((tmp_path / "cut").rglob("0000*.npz"))) >= 1, "a checkpoint was copied")
+    until(lambda: list((tmp_path / "cut").rglob("copied")), "a checkpoint was copied")
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
     assert not (tmp_path / "cut" / "params.h5").exists()
-    until(lambda: not processes_with(str(scratch)), "no process of the killed run is left", 15)
-    until(lambda: not list(scratch.glob("snn-*")), "no folder or socket of the killed run is left", 15)
+    until(lambda: not processes_with(str(scratch)), "no process of the killed run is left")
+    until(lambda: not list(scratch.glob("snn-*")), "no folder or socket of the killed run is left")
     training.resume(tmp_path / "cut")
     assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(tmp_path / "whole" / "params.h5")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("cut", "whole"))
@@ -84,16 +100,31 @@ def test_killed_workers_and_a_killed_parameter_server_change_nothing(tmp_path, s
         assert "~" in cloud.services.runs.newest(name)  # it was taken up again
 
 
+def signalled(cloud, number: signal.Signals) -> None:
+    "Send all workers a signal."
+    for process in cloud.workers.processes.values(): process.send_signal(number)
+
+
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
 def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, tmp_path, small_data, long_run, until):
     quick, dice = msgspec.structs.replace(long_run, granularity=granularity, epochs=24, stall_after=1.), random.Random(granularity)
     training.train(quick, small_data, tmp_path / "whole")
     with LocalCloud() as cloud:
-        name, runs = run_id(cloud.upload(quick, small_data), quick), cloud.services.runs
-        for epoch in range(0, 20, 5):
-            until(lambda: runs.status(name).epoch >= epoch, f"epoch {epoch} is done")
+        runs, hit = cloud.services.runs, 0
+        signalled(cloud, signal.SIGSTOP)  # nothing happens but between SIGCONT and SIGSTOP
+        name = run_id(cloud.upload(quick, small_data), quick)
+        while hit < 4 and not (runs.knows(name) and runs.status(name).state != "running"):
+            signalled(cloud, signal.SIGCONT)
             time.sleep(dice.random() / 50)  # anywhere in an epoch
-            cloud.workers.processes[f"worker{dice.randrange(cloud.workers.count)}"].kill()
+            signalled(cloud, signal.SIGSTOP)
+            running = runs.knows(name) and runs.status(name).state == "running"
+            if not running: continue
+            process = cloud.workers.processes[f"worker{dice.randrange(cloud.workers.count)}"]
+            process.kill()
+            hit += 1
+            until(lambda: process not in cloud.workers.processes.values(), "it is replaced")
+        signalled(cloud, signal.SIGCONT)
+        assert hit, "the run had ended before the first kill"
         assert watched(cloud, name, until).state == "finished"
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
 
@@ -140,14 +171,12 @@ def test_several_runs_at_once_do_not_disturb_one_another(tmp_path, small_data, p
         assert [model_of(cloud, name) for name in names] == alone
 
 
-def test_a_password_is_used_and_never_shown(tmp_path, capfd):
+def test_a_password_is_used_and_never_shown(tmp_path, capfd, until):
     from snn.local.server import find_server_program
-    import redis
     path = tmp_path / "s"
     server = subprocess.Popen([find_server_program(), "--port", "0", "--unixsocket", path, "--requirepass", "s3cret", "--save", ""], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
-        while not path.exists() and time.monotonic() < deadline: time.sleep(.01)
+        until(path.exists, "the server listens")
         client = connect(f"unix://:s3cret@{path}")
         assert client.ping() and "s3cret" not in repr(client) + str(client.connection_pool)
         with pytest.raises(redis.AuthenticationError) as refused: connect(f"unix://{path}").ping()
@@ -162,7 +191,14 @@ def test_a_password_is_used_and_never_shown(tmp_path, capfd):
 
 
 def test_connections_are_bounded():
-    assert connect("redis://127.0.0.1:1").connection_pool.max_connections == 8
+    with parameter_server() as server:
+        client = connect(server.url)
+        held = [client.connection_pool.get_connection() for _ in range(8)]
+        with pytest.raises(redis.ConnectionError): client.ping()  # there is none left, and no ninth is opened
+        ours = {connection._sock.getsockname() for connection in held}
+        assert len(ours) == 8 or "" in ours  # a Unix socket has no name at our end
+        for connection in held: client.connection_pool.release(connection)
+        assert client.ping() and len(client.client_list()) == 8
     assert "SSL" in connect("rediss://127.0.0.1:1").connection_pool.connection_class.__name__
 
 

@@ -64,13 +64,13 @@ class Web(BaseHTTPRequestHandler):
     def do_endless(self):
         self.send(200)
         try:
-            for _ in range(100): self.wfile.write(bytes(2 ** 20))
+            while True: self.wfile.write(bytes(2 ** 20))
         except OSError: pass
 
     def do_slow(self):
         self.send(200)
         try:
-            for _ in range(50): self.wfile.write(b"x"); time.sleep(.1)
+            while True: self.wfile.write(b"x"); time.sleep(.1)
         except OSError: pass
 
     def log_message(self, *rest): pass

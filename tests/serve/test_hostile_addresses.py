@@ -1,6 +1,5 @@
 "A corpus of hostile addresses: none leads into our network, none ends in an accident."
 import json
-import time
 
 import pytest
 from serving import LOCAL, NAMES
@@ -58,10 +57,11 @@ def test_a_refused_address_is_never_connected_to(make_client, web):
     ("letter.jpg", 422, "not an image"), ("gzip", 422, "not an image"), ("headers", 422, "could not be reached"),
 ])
 def test_another_server_may_behave_as_it_likes(local_client, web, path, status, words):
-    start = time.perf_counter()
+    "Two of these never end their answer: that there is one of ours shows that we have hung up."
+    before = len(web.seen)
     answer = local_client.post("/predict", json={"images": [{"url": f"http://pictures.example:{web.server_port}/{path}"}]})
     assert answer.status_code == status and words in answer.json()["detail"], answer.text
-    assert time.perf_counter() - start < 3
+    assert len(web.seen) - before <= 4  # the address and three redirects
 
 
 def test_a_name_with_one_private_number_is_refused(local_client, web):

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import httpx2
 import numpy as np
@@ -14,10 +13,11 @@ from serving import photograph, saved, small_model
 from snn.cli.serve import serve
 from snn.maths.model import write
 from snn.maths.parameters import InputError
+from snn.serve import api
 from snn.serve.model import Live, Sources, model_id
 
 
-def test_a_new_model_takes_over_without_a_dropped_request(running, model_path):
+def test_a_new_model_takes_over_without_a_dropped_request(running, model_path, until):
     url, _ = running(look=.05)
     ids = [model_id(small_model(seed)) for seed in range(4)]
     expected = {model_id(small_model(seed)): None for seed in range(4)}
@@ -27,12 +27,9 @@ def test_a_new_model_takes_over_without_a_dropped_request(running, model_path):
             while not stop.is_set(): answers.append(client.post(f"{url}/predict", files=[("image", ("a.png", content))] * 2))
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads: thread.start()
-    def wait_for(id):
-        deadline = time.monotonic() + 20
-        while not (answers and answers[-1].json()["model"] == id) and time.monotonic() < deadline: time.sleep(.02)
     for seed in (0, 1, 2, 3):
         if seed: write(small_model(seed), model_path)
-        wait_for(ids[seed])
+        until(lambda: answers and answers[-1].json()["model"] == ids[seed], f"model {seed} answers")
     stop.set()
     for thread in threads: thread.join()
     assert {answer.status_code for answer in answers} == {200}
@@ -45,18 +42,20 @@ def test_a_new_model_takes_over_without_a_dropped_request(running, model_path):
         assert known == first["probability"]
 
 
-def test_a_broken_new_model_changes_nothing(make_client, model_path):
+def test_a_broken_new_model_changes_nothing(make_client, model_path, until, monkeypatch):
+    looks, refresh = [], Live.refresh
+    def counted(self): looks.append(1); return refresh(self)
+    monkeypatch.setattr(Live, "refresh", counted)
     client = make_client(look=.05)
     model_path.write_text("not a model")
-    deadline = time.monotonic() + 10
-    while "snn_refused_models_total 1.0" not in client.get("/metrics").text and time.monotonic() < deadline: time.sleep(.05)
-    assert "snn_refused_models_total 1.0" in client.get("/metrics").text
+    until(lambda: "snn_refused_models_total 1.0" in client.get("/metrics").text, "the broken model was refused")
     assert client.get("/readyz").json()["model"] == model_id(small_model())
-    model_path.unlink(); time.sleep(.15)
+    model_path.unlink()
+    looks.clear()
+    until(lambda: len(looks) >= 2, "it was looked for twice since it is gone")
     assert client.post("/predict", files=[("image", ("a.png", saved(photograph())))]).status_code == 200
     write(small_model(1), model_path)
-    deadline = time.monotonic() + 10
-    while client.get("/readyz").json()["model"] != model_id(small_model(1)) and time.monotonic() < deadline: time.sleep(.05)
+    until(lambda: client.get("/readyz").json()["model"] == model_id(small_model(1)), "the new model answers")
     assert client.get("/readyz").json()["model"] == model_id(small_model(1))
 
 
@@ -105,7 +104,7 @@ def test_the_command_serves_from_a_folder_that_it_may_not_write_to_and_ends_when
         large = saved(photograph(1000, 700))                     # several MiB, which a form parser likes to put on the disk
         assert len(large) > 2 ** 20 and httpx2.post(f"{url}predict", files=[("image", ("a.png", large))]).status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (0, -signal.SIGTERM)
+        assert process.wait(60) in (0, -signal.SIGTERM)
         assert "Traceback" not in process.stderr.read()
     finally: process.kill(); process.communicate()
 
@@ -113,15 +112,20 @@ def test_the_command_serves_from_a_folder_that_it_may_not_write_to_and_ends_when
 def test_an_early_refusal_reaches_the_client(running):
     "A real server: the 413 arrives although the body has not been read."
     url, _ = running()
-    answer = httpx2.post(f"{url}/predict", content=bytes(12 * 2 ** 20), headers={"Content-Type": "application/json"}, timeout=10)
+    answer = httpx2.post(f"{url}/predict", content=bytes(12 * 2 ** 20), headers={"Content-Type": "application/json"}, timeout=60)
     assert answer.status_code == 413 and answer.json()["type"] == "/docs#too-large"
 
 
-def test_requests_beyond_the_places_are_refused_at_once_and_the_others_answered(running):
+def test_requests_beyond_the_places_are_refused_at_once_and_the_others_answered(running, monkeypatch, until):
+    refused, think = threading.Event(), api.predict
+    def held(*rest): refused.wait(60); return think(*rest)
+    monkeypatch.setattr(api, "predict", held)  # those that have a place keep it until another was refused
     url, _ = running(requests=2, threads=1)
     content, statuses = saved(photograph(900, 700)), []
-    def ask(): statuses.append(httpx2.post(f"{url}/predict", files=[("image", ("a.png", content))], timeout=30).status_code)
+    def ask(): statuses.append(httpx2.post(f"{url}/predict", files=[("image", ("a.png", content))], timeout=120).status_code)
     threads = [threading.Thread(target=ask) for _ in range(12)]
     for thread in threads: thread.start()
+    until(lambda: 503 in statuses, "one was refused")
+    refused.set()
     for thread in threads: thread.join()
     assert set(statuses) == {200, 503} and httpx2.get(f"{url}/readyz").status_code == 200
