@@ -72,6 +72,7 @@ def train(
     json: Annotated[bool, Option("--json", help="The outcome as JSON.")] = False,
 ) -> None:
     "Train the network on this machine: real handlers, real parameter server, real upload."
+    from snn.cloud.messages import check_run, memory_here
     from snn.local import training
     from snn.maths.data import read as read_datasets
     chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
@@ -82,6 +83,8 @@ def train(
         if not quiet: err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()
     found = read_datasets(data, test=test)
+    try: check_run(chosen, len(found.train_x), found.train_x[0].size, memory_here())
+    except InputError as error: raise InputError(f"{parameters}: {error}") from None
     if not quiet: err.print(f"Training on {len(found.train_x)} images of {found.size}x{found.size} pixels, granularity {chosen.granularity}.")
     with TrainingProgress(chosen.epochs, quiet) as shown:
         outcome = training.train(chosen, data, out_folder, shown.report, workers, runtime=runtime, test=test)

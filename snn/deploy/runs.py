@@ -18,6 +18,7 @@ import msgspec
 from botocore.exceptions import ClientError
 
 from ..cloud.bucket import Bucket, Upload
+from ..cloud.messages import LAMBDA, check_run
 from .inputs import Account, describe, parameters_of
 from ..handlers.launch import run_id
 from ..maths import data as datasets
@@ -44,7 +45,8 @@ def upload(
 ) -> str: # the run
     "Put parameters and data where they start a run; raises `InputError` for wrong files."
     sent = datasets.content(data, test)
-    if parameters: read(parameters)
+    found = datasets.read(data, test=test)
+    if parameters: check_run(read(parameters), len(found.train_x), found.train_x[0].size, LAMBDA)
     s3, bucket = account.client("s3"), bucket_of(account, stack)
     if parameters: s3.upload_file(str(parameters), bucket, PARAMETERS)
     elif not Bucket(s3, bucket).keys(PARAMETERS): raise InputError(f"there is no s3://{bucket}/{PARAMETERS} yet; give --parameters")

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from ..cloud.messages import Plan
+from ..cloud.messages import LAMBDA, Plan, check_run
 from ..cloud.meter import Usage, bill, cost_units, files_and_mails, gb_seconds, staying
 from ..cloud.prices import Book, Number
 from .designs import with_residents
@@ -40,6 +40,7 @@ def planned(
     size: int,    # edge in pixels
 ) -> Plan:
     "The plan that the upload of such data would make."
+    check_run(parameters, images, size * size * 3, LAMBDA)
     kept = images - int(images * parameters.validation_fraction)
     return Plan("0" * 12, parameters, "", "", kept, size * size * 3, size, ("", ""), "", "")
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..cloud.bucket import Upload, uploads
 from ..cloud.deadline import in_time
-from ..cloud.messages import Message, Plan, epoch_messages
+from ..cloud.messages import Message, Plan, check_run, epoch_messages, memory_here
 from ..cloud.meter import Reading, reading, uploaded_at
 from ..cloud.prices import nearest
 from ..cloud.runs import Status
@@ -78,6 +78,7 @@ def start(
     where = str(PurePosixPath(upload.key).with_name("parameters.json"))
     parameters = parse(services.bucket(upload.bucket).get(where), f"s3://{upload.bucket}/{where}")
     datasets = read_datasets(upload, services)
+    check_run(parameters, len(datasets.train_x), datasets.train_x[0].size, memory_here())
     plan = make_plan(upload, parameters, datasets)
     begun, newest = checkpoint.has_plan(plan, services), services.runs.newest(plan.run)  # in this order, and below in the other:
     known = services.runs.knows(newest)                                                   # who sees the plan knows of the run

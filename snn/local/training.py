@@ -19,7 +19,7 @@ import msgspec
 import redis
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Plan
+from ..cloud.messages import Plan, check_run, memory_here
 from ..cloud.runs import Status
 from ..cloud.services import Services
 from ..handlers import checkpoint
@@ -182,6 +182,8 @@ def train(
     test: Path | None=None,                               # the file with the test part, if it is another one
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
+    found = data.read(datasets, test=test)
+    check_run(parameters, len(found.train_x), found.train_x[0].size, memory_here())
     sent, kept = data.content(datasets, test), out / UNFINISHED / "datasets.h5"
     if runtime == "lambda" and parameters.residents: workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
     with LocalCloud(workers, ledger, runtime=runtime) as cloud:

@@ -119,6 +119,8 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
     if is_struct: return _convert_struct(path + ".", value, kind)
     if get_origin(kind) is dict:
         return {key: _convert(f"{path}.{key}", item, get_args(kind)[1]) for key, item in value.items()}
+    if isinstance(value, float) and get_origin(kind) is Annotated and get_args(kind)[0] is int and value.is_integer():
+        value = int(value)  # 3.0 is a whole number to JSON
     try: return msgspec.convert(value, kind)
     except msgspec.ValidationError:
         raise InputError(f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}") from None
