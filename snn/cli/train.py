@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import msgspec
+import redis
 import typer
 from typer import Option
 
@@ -106,7 +107,10 @@ def what_next(
 # %% ../../nbs/cli/02_train.ipynb #98513ade
 def _instructions(cloud) -> str:
     "What to export and what to type."
-    exports = "\n".join(f"  export {name}={value}" for name, value in cloud.environment.items() if name.startswith(("AWS_", "SNN_REDIS")))
+    known = () if cloud.server.watchman else ("SNN_REDIS_URL",)  # it may hold a password, and who reads this has set it
+    exports = "\n".join(f"  export {name}={value}" for name, value in cloud.environment.items()
+                        if name.startswith(("AWS_", "SNN_REDIS")) and value and name not in known)
+    if known: exports += "\n  and SNN_REDIS_URL, as it is set here"
     at = f"aws --endpoint-url {cloud.aws.url}"
     return f"""A cloud on this machine is up. In another terminal:
 
@@ -133,9 +137,12 @@ def local(
     with LocalCloud(workers, ledger) as cloud:
         out.print(_instructions(cloud))
         told: dict[str, str] = {}
-        while True:
-            for line in news(cloud.services.runs, told): out.print(line)
+        while not cloud.failed:
+            try:
+                for line in news(cloud.services.runs, told): out.print(line)
+            except redis.ConnectionError: pass  # the cloud is starting its parameter server again
             time.sleep(.5)
+        raise RuntimeError(cloud.failed)
 
 # %% ../../nbs/cli/02_train.ipynb #78ccd57a
 def news(

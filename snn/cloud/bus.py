@@ -166,12 +166,20 @@ class Queue(Bus):
     def take(self, worker: str, wait: float = 1.0) -> list[Envelope]:
         "A worker's share of the queue; waits `wait` seconds at most for a first message."
         self.mine, self.hand = meant_for(worker), taken_by(worker)
-        if self.known: return [msgspec.json.decode(self.known.popleft(), type=Envelope)]
+        if self.known: return self._opened([self.known.popleft()])
         taken = self.store.now("EVALSHA", self.script, 3, QUEUE, self.hand, self.mine, self.workers, 64)
         if not taken and wait:
             first = self.client.blmove(QUEUE, self.hand, wait, "LEFT", "RIGHT")
             taken = [first] if first else []
-        return [msgspec.json.decode(item, type=Envelope) for item in taken]
+        return self._opened(taken)
+
+    def _opened(self, taken: list[bytes]) -> list[Envelope]:
+        "The envelopes; what is none is put aside."
+        found = []
+        for item in taken:
+            try: found.append(msgspec.json.decode(item, type=Envelope))
+            except msgspec.DecodeError as error: self.put_aside(item.decode(errors="replace"), f"no message of ours: {error}")
+        return found
 
     def recover(self, worker: str) -> int:
         "Put back what a dead worker had in hand; returns how many."
@@ -183,6 +191,10 @@ class Queue(Bus):
     def bury(self, envelope: Envelope, reason: str) -> None:
         "Put a message that failed too often aside, with the reason."
         self.store.later("RPUSH", DEAD, msgspec.json.encode({"function": envelope.function, "event": envelope.event, "reason": reason}))
+
+    def put_aside(self, text: str, reason: str) -> None:
+        "Put aside what is not even a message, with the reason."
+        self.store.later("RPUSH", DEAD, msgspec.json.encode({"function": "", "event": text, "reason": reason}))
 
     def dead(self) -> list[dict]:
         "Messages that were put aside."

@@ -89,6 +89,10 @@ class Runs:
         self.client.hset("snn:refused", name, reason)
         self.client.expire("snn:refused", self.ttl)
 
+    def accept(self, name: str) -> None:
+        "An upload has started a run: what was said of it before holds no more."
+        self.client.hdel("snn:refused", name)
+
     def refused(self) -> dict[str, str]:
         "Uploads that started no run, by their ETag, and why."
         return {name.decode(): reason.decode() for name, reason in self.client.hgetall("snn:refused").items()}

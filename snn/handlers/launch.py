@@ -347,7 +347,9 @@ def handle_upload(
 ) -> None:
     "Begin a run, or say why not."
     if not upload.key.endswith("h5"): return
-    try: start(upload, services)
+    try:
+        start(upload, services)
+        services.runs.accept(upload.etag)
     except InputError as error:
         services.runs.refuse(upload.etag, str(error))
         services.topic.tell("No run was started", str(error))

@@ -17,6 +17,7 @@ from ..cloud.bus import Envelope
 from ..cloud.deadline import OutOfTime
 from ..cloud.residents import Seat
 from ..cloud.services import Services, process_services
+from ..cloud.store import Refusing
 from .inputs import give_up
 
 # %% ../../nbs/handlers/07_stay.ipynb #d2d39529
@@ -30,7 +31,7 @@ def attempt(
 ) -> str: # why it is given up; empty if it is not
     "Do what a message asks for; if that fails, put it back, or after three tries end the run that it belongs to."
     try: work(msgspec.json.decode(envelope.event))
-    except (redis.ConnectionError, OutOfTime): raise
+    except (redis.ConnectionError, Refusing, OutOfTime): raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if envelope.attempt < TRIES: again(msgspec.structs.replace(envelope, attempt=envelope.attempt + 1)); return ""

@@ -7,7 +7,9 @@ __all__ = ['BUCKET', 'INBOX', 'create_bucket', 'LocalCloud']
 
 # %% ../../nbs/local/03_cloud.ipynb #25d85823
 import threading
+import time
 from pathlib import Path
+from uuid import uuid4
 
 import msgspec
 import redis
@@ -17,7 +19,8 @@ from ..cloud.bucket import Bucket, Upload
 from ..cloud.bus import Envelope
 from ..cloud.ledger import create_tables
 from ..cloud.services import Services
-from .server import answers, parameter_server, start_aws
+from ..cloud.store import PATIENCE, Refusing, connect
+from .server import answers, listens_at, parameter_server, start_aws
 from .worker import Workers
 from ..maths.parameters import Parameters
 
@@ -57,7 +60,9 @@ class LocalCloud:
     def _open(self, workers: int | None, ledger: str, bucket: str, runtime: str) -> None:
         self.aws, ready = start_aws(); self._opened.append(self.aws)
         self.server = parameter_server(); self._opened.append(self.server)
-        self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_LEDGER": ledger, "SNN_BUCKET": bucket}
+        self.namespace = "" if self.server.watchman else f"snn-{uuid4().hex[:12]}:"  # another cloud may be on the same server
+        self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_REDIS_NAMESPACE": self.namespace,
+                            "SNN_LEDGER": ledger, "SNN_BUCKET": bucket}
         self.workers = (Workers if runtime == "inline" else _lambda_workers())(self.environment, workers); self._opened.append(self.workers)
         self.services, self.bucket_name = Services(self.workers.environment), bucket
         self.aws.wait(ready)
@@ -76,7 +81,7 @@ class LocalCloud:
     def _carry(self) -> None:
         "Carry on until the cloud is closed, or say in `failed` why that is not possible."
         try: self._carry_on()
-        except Exception as error: self.failed = f"the cloud on this machine has failed: {error}"
+        except Exception as error: self.failed = f"the cloud on this machine has failed: {str(error) or type(error).__name__}"
 
     def _carry_on(self) -> None:
         "Carry upload events from SQS to LaunchLambda, and look after workers, server and runs."
@@ -84,11 +89,19 @@ class LocalCloud:
             found = self.sqs.receive_message(QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10)
             try:
                 for message in found.get("Messages", []):
-                    self.own.bus.put(Envelope("LaunchLambda", Raw(message["Body"].encode())))
-                    self.own.store.flush()
+                    self._hand_over(message["Body"])
                     self.sqs.delete_message(QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"])
                 if not self.closing.is_set(): self._look_after()
             except (redis.ConnectionError, redis.TimeoutError): self._restart_server()
+
+    def _hand_over(self, body: str) -> None:
+        "Put an event into LaunchLambda's queue; what is no event is put aside."
+        try: msgspec.json.decode(body, type=dict)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            self.own.bus.put_aside(body, f"not an event: {error}")
+            self.own.runs.refuse("a message", f"a message to {INBOX} was put aside, since it is not an event: {error}")
+        else: self.own.bus.put(Envelope("LaunchLambda", Raw(body.encode())))
+        self.own.store.flush()
 
     def _look_after(self) -> None:
         "What the watchdog's schedule does on AWS."
@@ -100,12 +113,27 @@ class LocalCloud:
         return self.own.store.client.set("snn:alive", 1, nx=True) is not None
 
     def _restart_server(self) -> None:
-        "Start the parameter server again where it was."
+        "Start the parameter server again where it was; wait for one of somebody else's."
         if self.closing.is_set() or answers(self.server.url)(): return
+        if not self.server.watchman: return self._await_server()
+        if listens_at(self.server.url): return  # it is there, and busy
         self._opened.remove(self.server)
         self.server.close()
         self.server = parameter_server(self.server.folder)
         self._opened.append(self.server)
+
+    def _await_server(self) -> None:
+        "Wait for a parameter server that is not ours to start; raises `Refusing` if it takes too long."
+        ready, deadline = answers(self.server.url), time.monotonic() + PATIENCE
+        while not self.closing.wait(.2) and not ready():
+            if time.monotonic() > deadline: raise Refusing(f"the parameter server has not answered for {PATIENCE:g} s")
+
+    def _leave_server(self) -> None:
+        "Leave nothing of ours on a parameter server of somebody else's."
+        try:
+            client = connect(self.server.url)
+            for key in client.scan_iter(f"{self.namespace}*", count=1000): client.unlink(key)
+        except (redis.RedisError, Refusing): pass  # all that matters goes by itself in time
 
     def upload(self, parameters: Parameters, datasets: Path | str) -> Upload:
         "Put parameters and data where they start a run, as anybody with the AWS command line could."
@@ -118,6 +146,7 @@ class LocalCloud:
         self.closing.set()
         if hasattr(self, "carrier"): self.carrier.join()
         while self._opened: self._opened.pop().close()
+        if getattr(self, "namespace", ""): self._leave_server()
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()

@@ -23,7 +23,7 @@ from uuid import uuid4
 from msgspec import Raw
 
 from ..cloud.bus import Envelope
-from ..cloud.services import Services
+from ..cloud.services import Services, surroundings
 from ..deploy.package import HANDLERS, build, unzip
 from ..deploy.wheels import Target, find_python, here
 from ..handlers.stay import TRIES
@@ -250,7 +250,7 @@ def functions(
 ) -> list[Function]:
     "The three functions, from their packages. There are up to three LaunchLambdas: one may stay, call its successor, and an upload comes."
     folders = {module: unzip(build(package, target)) for package, modules in HANDLERS.items() for module in modules}
-    given = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "HOME"}
+    given = {name: value for name, value in surroundings(environment).items() if name.startswith(("AWS_", "SNN_REDIS_")) or name == "HOME"}
     settings = {name: value for name, value in SETTINGS.items() if name not in KEEP_MEMORY}  # a reserve for each of a sender's 16 threads would be a gigabyte
     told = {**given, **settings, **environment, "SNN_FUNCTIONS": ",".join(NAMES), "POWERTOOLS_SERVICE_NAME": "snn"}
     return [Function(name, f"{module}.lambda_handler", folders[module], told, timeout=timeout, concurrency=3 if name == "LaunchLambda" else concurrency)
@@ -275,7 +275,7 @@ class LambdaWorkers:
         log: int=asyncio.subprocess.DEVNULL,  # file descriptor that takes what they print
     ):
         self.count = count or cores()
-        self.environment = {**os.environ, **environment}
+        self.environment = surroundings(environment)
         self.services, self.replaced, self.watched = Services(self.environment), 0, time.monotonic()
         self.runtime = Runtime(functions(environment, self.count, target, self.timeout), target, log)
 

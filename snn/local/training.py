@@ -51,6 +51,7 @@ def watch(
     name: str,                # of the run
     report: Callable[[Progress], None],
     mirror: Path,             # what the run needs to be taken up is copied here as it comes
+    etag: str="",             # of the upload, which may be refused
     every: float=.2,          # seconds
 ) -> Plan:
     "Report on a run until it ends; raises `RuntimeError` with the reason if it fails."
@@ -64,7 +65,8 @@ def watch(
         report(Progress(status, invocations, time.monotonic() - began))
         if status.state == "finished": return services.runs.plan(services.runs.newest(name))
         if status.state != "running": raise RuntimeError(f"run {name} {status.state} after {status.epoch + 1} epochs: {status.reason}")
-        for reason in services.runs.refused().values(): raise InputError(reason)
+        for upload, reason in services.runs.refused().items():
+            if upload in (etag, "LaunchLambda"): raise InputError(reason)
         if cloud.failed: raise RuntimeError(cloud.failed)
         time.sleep(every)
 
@@ -190,8 +192,8 @@ def train(
         began = time.monotonic()
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         _write_whole(kept, sent)
-        name = run_id(cloud.upload(parameters, kept), parameters)
-        plan = watch(cloud, name, report, out / UNFINISHED)
+        upload = cloud.upload(parameters, kept)
+        plan = watch(cloud, run_id(upload, parameters), report, out / UNFINISHED, upload.etag)
         return _finish(cloud, plan, out, kept, began)
 
 def cut_short(

@@ -6,18 +6,21 @@
 __all__ = ['SETTINGS', 'handlers', 'run_one', 'main', 'cores', 'Workers']
 
 # %% ../../nbs/local/02_worker.ipynb #4ee77f04
+import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import redis
 
 from ..cloud.bus import Envelope, Queue
-from ..cloud.services import Services, process_services
+from ..cloud.services import Services, process_services, surroundings
+from ..cloud.store import Refusing
 from ..handlers.stay import attempt
 from ..handlers.watch import watch
-from .server import KEEP_MEMORY
+from .server import KEEP_MEMORY, answers
 
 # %% ../../nbs/local/02_worker.ipynb #b313dc9d
 def handlers() -> dict[str, Callable]:
@@ -32,7 +35,9 @@ def run_one(
     services: Services,
 ) -> None:
     "Run a message's function; if it fails, put it back, or aside after three tries."
-    reason = attempt(envelope, lambda event: functions[envelope.function](event, None), services.bus.put, services)
+    try: reason = attempt(envelope, lambda event: functions[envelope.function](event, None), services.bus.put, services)
+    except (redis.RedisError, Refusing): raise
+    except Exception as error: reason = f"{type(error).__name__}: {error}"  # it is about no run that could be ended
     if reason: services.bus.bury(envelope, reason)
 
 # %% ../../nbs/local/02_worker.ipynb #3c82cee4
@@ -41,11 +46,15 @@ SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREAD
 def main() -> None:
     "Work until told to stop."
     name, parent = sys.argv[1], os.getppid()
-    services, functions = process_services(), handlers()
+    logging.getLogger("snn").setLevel(logging.ERROR)  # the program that has started us says it, once for all
     try:
+        services, functions = process_services(), handlers()
         while os.getppid() == parent:
             for envelope in services.bus.take(name): run_one(envelope, functions, services)
-    except redis.ConnectionError: pass  # the server has gone, and so may we
+    except Refusing: pass           # so it is told as well
+    except redis.ConnectionError:   # the server has gone; when it is there again, a new worker takes up what we had in hand
+        ready = answers(os.environ["SNN_REDIS_URL"])
+        while os.getppid() == parent and not ready(): time.sleep(.2)
 
 # %% ../../nbs/local/02_worker.ipynb #f9773f33
 def cores() -> int:
@@ -59,7 +68,7 @@ class Workers:
         count: int | None=None,       # as many as there are processors
     ):
         self.count = count or cores()
-        self.environment = {**os.environ, **SETTINGS, **environment, "SNN_WORKERS": str(self.count)}
+        self.environment = surroundings({**SETTINGS, **environment, "SNN_WORKERS": str(self.count)})
         self.queue = Services(self.environment).bus
         self.processes, self.deaths = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}, 0
 
