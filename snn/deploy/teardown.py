@@ -44,7 +44,9 @@ def empty_bucket(
     try:
         for page in s3.get_paginator("list_object_versions").paginate(Bucket=name):
             doomed = [{"Key": v["Key"], "VersionId": v["VersionId"]} for v in page.get("Versions", []) + page.get("DeleteMarkers", [])]
-            if doomed: s3.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True})
+            if not doomed: continue
+            refused = s3.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True}).get("Errors", [])
+            if refused: raise ClientError({"Error": refused[0]}, f"DeleteObjects of {refused[0]['Key']}")
             count += len(doomed)
     except ClientError as error:
         if error.response["Error"]["Code"] != "NoSuchBucket": raise

@@ -340,6 +340,11 @@ def test_a_source_without_run_bits_is_built(name, root, tmp_path):
     assert all(os.access(path, os.X_OK) for path in (tmp_path / "bin").iterdir())
 
 
+def test_a_push_starts_nothing():
+    source = PIPELINE["Resources"]["Pipeline"]["Properties"]["Stages"][0]["Actions"][0]["Configuration"]
+    assert source["DetectChanges"] == "false"
+
+
 def test_ecs_is_trusted_as_its_documentation_shows():
     "Developer Guide, 'Amazon ECS infrastructure IAM role for load balancers': no condition on the source."
     for template in TEMPLATES.values():
