@@ -132,6 +132,16 @@ def test_an_axis_changes_what_it_says_and_nothing_else(parameters, tmp_path):
 
 # Where the time goes
 
+def test_the_parts_of_made_up_epochs_are_what_they_were_made_of():
+    "Two workers; the epochs that count are those from 30 s to 50 s, and one worker waits all the time."
+    kinds = np.array([profile.KINDS.index(kind) for kind in ("mathematics", "round trips", "dispatch")])
+    one = profile.Track(kinds, np.array([0., 35, 45, 100]), {epoch: 10. * epoch + 10 for epoch in range(6)})
+    other = profile.Track(kinds[2:], np.array([0., 100]), {})
+    assert profile.middle([one, other]) == (30, 50, 2)
+    found = {kind: seconds for kind, seconds in profile.parts([one, other]).items() if seconds}
+    assert found == {"mathematics": 5 / 4, "round trips": 10 / 4, "dispatch": 25 / 4}
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data):
     chosen = parameters((5, 3, 1), epochs=9, granularity=granularity)

@@ -25,7 +25,7 @@ def lambda_handler(event, context):
 """
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline: time.sleep(.02)
     assert condition()

@@ -194,11 +194,10 @@ def test_a_failed_deployment_says_what_failed_and_can_be_repeated(account, input
     assert destroy(account, "Cats", every=.2) == []
 
 
-def test_a_stack_that_is_not_ours_is_left_alone(account, inputs):
+def test_a_stack_that_is_not_ours_is_left_alone(account, inputs, until):
     formation = account.client("cloudformation")
     formation.create_stack(StackName="Cats", TemplateBody='{"Resources": {"Topic": {"Type": "AWS::SNS::Topic"}}}')
-    deadline = time.monotonic() + 10
-    while describe(account, "Cats")["StackStatus"] != "CREATE_COMPLETE" and time.monotonic() < deadline: time.sleep(.05)
+    until(lambda: describe(account, "Cats")["StackStatus"] == "CREATE_COMPLETE", "the stack is there")
     with pytest.raises(InputError, match="not ours"): check(account, inputs)
     with pytest.raises(InputError, match="not one of ours"): destroy(account, "Cats")
     formation.delete_stack(StackName="Cats")

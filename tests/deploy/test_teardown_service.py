@@ -35,7 +35,7 @@ def account():
 def create(account, name, body, parameters, tags=(("snn:stack", "Cats"),)):
     account.client("cloudformation").create_stack(StackName=name, TemplateBody=body, Parameters=[{"ParameterKey": k, "ParameterValue": v} for k, v in parameters.items()],
                                                   Tags=[{"Key": k, "Value": v} for k, v in tags])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (status := describe(account, name)["StackStatus"]) == "CREATE_IN_PROGRESS" and time.monotonic() < deadline: time.sleep(.05)
     assert status == "CREATE_COMPLETE", account.client("cloudformation").describe_stack_events(StackName=name)["StackEvents"][:3]
 
