@@ -16,7 +16,7 @@ import redis
 from msgspec import Raw
 
 from ..cloud.bucket import Bucket, Upload
-from ..cloud.bus import Envelope
+from ..cloud.bus import DEAD, QUEUE, Envelope, meant_for, taken_by
 from ..cloud.ledger import create_tables
 from ..cloud.services import Services
 from ..cloud.store import PATIENCE, Refusing, connect
@@ -129,11 +129,11 @@ class LocalCloud:
             if time.monotonic() > deadline: raise Refusing(f"the parameter server has not answered for {PATIENCE:g} s")
 
     def _leave_server(self) -> None:
-        "Leave nothing of ours on a parameter server of somebody else's."
-        try:
-            client = connect(self.server.url)
-            for key in client.scan_iter(f"{self.namespace}*", count=1000): client.unlink(key)
-        except (redis.RedisError, Refusing): pass  # all that matters goes by itself in time
+        "Take away what would stay for ever on a parameter server of somebody else's; the runs' values go by themselves in time."
+        hands = [key(f"worker{i}") for i in range(self.workers.count) for key in (taken_by, meant_for)]
+        lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", "snn:refused"]
+        try: connect(self.server.url, namespace=self.namespace).unlink(*lasting)
+        except (redis.RedisError, Refusing): pass  # the server has gone
 
     def upload(self, parameters: Parameters, datasets: Path | str) -> Upload:
         "Put parameters and data where they start a run, as anybody with the AWS command line could."
@@ -146,7 +146,7 @@ class LocalCloud:
         self.closing.set()
         if hasattr(self, "carrier"): self.carrier.join()
         while self._opened: self._opened.pop().close()
-        if getattr(self, "namespace", ""): self._leave_server()
+        if getattr(self, "namespace", "") and hasattr(self, "workers"): self._leave_server()
 
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
