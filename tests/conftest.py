@@ -188,7 +188,7 @@ def spawn():
     def start(*arguments, **options) -> subprocess.Popen:
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) | options
-        return subprocess.Popen([sys.executable, "-c", "from snn.cli.main import main; main()", *map(str, arguments)], **options)
+        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.cli.main import main; main()", *map(str, arguments)], **options)
     return start
 
 

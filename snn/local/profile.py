@@ -109,7 +109,7 @@ def main() -> None:
 class WatchedWorkers(worker.Workers):
     "Workers with a stopwatch each."
     def _start(self, name: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", "from snn.local.profile import main; main()", name], env=self.environment, stdin=subprocess.DEVNULL, process_group=0)
+        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.local.profile import main; main()", name], env=self.environment, stdin=subprocess.DEVNULL, process_group=0)
 
 # %% ../../nbs/local/10_profile.ipynb #e589feb4
 class Track(NamedTuple):

@@ -185,7 +185,7 @@ def start_aws() -> tuple[Aws, Callable[[], bool]]: # the AWS, and a test whether
     if url := os.environ.get("AWS_ENDPOINT_URL"): return Aws(url).wait(_listens(url), 3), lambda: True
     port, folder = _free_port(), tempfile.mkdtemp(prefix="snn-")
     settings = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "LOG_LEVEL": "WARNING", "TMPDIR": folder, "MINISTACK_HOST": "127.0.0.1", **ACCOUNT}
-    return Aws(f"http://127.0.0.1:{port}", [sys.executable, "-m", "ministack"], folder, settings), _listens(f"http://127.0.0.1:{port}")
+    return Aws(f"http://127.0.0.1:{port}", [sys.executable, "-P", "-m", "ministack"], folder, settings), _listens(f"http://127.0.0.1:{port}")
 
 def local_aws() -> Aws:
     "The AWS that the environment names, or a MiniStack of our own, ready."

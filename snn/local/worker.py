@@ -73,7 +73,7 @@ class Workers:
         self.processes, self.deaths = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}, 0
 
     def _start(self, name: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", "from snn.local.worker import main; main()", name],
+        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.local.worker import main; main()", name],
                                 env=self.environment, stdin=subprocess.DEVNULL,
                                 process_group=0)  # Ctrl-C is for the parent, which then stops its workers
 
