@@ -48,6 +48,7 @@ def options(
 def main() -> None:
     "Run a command; errors of the user's become one sentence."
     stop_cleanly()
+    os.environ.pop("MPLBACKEND", None)  # a notebook's own screen; we draw into files
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # no name ends a command
     try: app()
     except InputError as error: _end(str(error).replace("\n", "\\n"), 2)
