@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
 from .. import __version__
@@ -30,7 +31,8 @@ from . import pages
 from .addresses import INTERNET, Network
 from .answer import Prediction, Predictions, predict
 from .fetch import MEBIBYTE, Limits, fetch
-from .guard import Places, admitting, problem_response, with_headers, without_traces
+from .guard import (Places, admitting, path_of, problem_response, with_headers, with_heads,
+                            without_traces)
 from .meter import CONTENT_TYPE_LATEST, Meter, metered
 from .model import Live, Served
 from .pictures import refuse_bombs
@@ -180,8 +182,10 @@ def refusal(
     service.meter.problems.labels(problem.kind).inc()
     request = Request(scope)
     if not wants_page(request.headers.get("accept", "")): return problem_response(problem)
-    address = request.query_params.get("image", "") if request.url.path == "/image" else ""
-    page = pages.refused(service.live.current, problem, shown(address, 2000), service.settings.amounts.size)
+    path = path_of(scope)
+    address = request.query_params.get("image", "") if path == "/image" else ""
+    page = pages.refused(service.live.current, problem, shown(address, 2000),
+                         service.settings.amounts.size, top="../" * (path.count("/") - 1))
     return HTMLResponse(page, problem.status, problem.headers)
 
 def _from_validation(error: RequestValidationError) -> Problem:
@@ -195,12 +199,14 @@ def _from_validation(error: RequestValidationError) -> Problem:
 def _add_refusals(app: FastAPI, service: Service) -> None:
     "Give every refusal the same form."
     async def ours(request, problem): return refusal(service, request.scope, problem)
+    async def gone(request, error): return Response(status_code=499)  # nobody reads it; the meter does
     async def of_parameters(request, error): return refusal(service, request.scope, _from_validation(error))
     async def of_framework(request, error):
         response = refusal(service, request.scope, from_status(error.status_code))
         if error.headers: response.headers.update(error.headers)
         return response
     app.add_exception_handler(Problem, ours)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(RequestValidationError, of_parameters)
     app.add_exception_handler(HTTPException, of_framework)
 
@@ -215,6 +221,8 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
     @app.get("/image", operation_id="image", summary="A page with a picture from the web and the answer.", response_class=HTMLResponse, response_description="The page",
              responses=_refusals(403, 408, 413, 422, 503, page=True), openapi_extra={"x-example": "https://HOST/image?image=https://example.org/cat.jpg"})
     async def image(request: Request, image: Annotated[str, Query(description="public address of a picture, http or https", json_schema_extra={"format": "uri"})]):
+        if not image.strip():
+            raise Problem("wrong-request", "the parameter image is empty; it holds the address of a picture")
         served, result = await service.answers([Asked(shown(image), url=image)], explain=True)
         return HTMLResponse(pages.answered(served, result, shown(image, 2000), limit))
 
@@ -284,6 +292,7 @@ def create(
     _add_documents(app); _add_refusals(app, service); _describe(app)
     app.add_middleware(admitting, places=service.places, size=settings.amounts.size, seconds=settings.seconds,
                        answer=lambda scope, problem: refusal(service, scope, problem))
+    app.add_middleware(with_heads)
     app.add_middleware(metered, meter=service.meter)
     app.add_middleware(without_traces)
     app.add_middleware(with_headers)

@@ -108,12 +108,13 @@ def page(
     title: str="",       # begins the title of the window
     address: str="",     # to fill in again
     limit: int=10 * MEBIBYTE,  # bytes of a request
+    top: str="",         # leads from the page's folder to that of the service, such as ../
 ) -> str: # HTML
     "The page with an answer."
     no, yes = map(escape, served.model.classes)
     question = f"{yes.capitalize()} or {no}?"
     return template("page.html").substitute(
-        title=f"{escape(title)} · {question}" if title else question, question=question, answer=answer, address=escape(address),
+        top=top, title=f"{escape(title)} · {question}" if title else question, question=question, answer=answer, address=escape(address),
         limit=limit, mebibytes=limit // MEBIBYTE, megapixels=MEGAPIXELS, size=served.model.size, neurons=sum(served.model.parameters.sizes),
         layers=served.model.parameters.layers, model=served.id, quality=quality(served))
 
@@ -144,12 +145,13 @@ def refused(
     problem: Problem,
     address: str="",
     limit: int=10 * MEBIBYTE,
+    top: str="",  # as in `page`
 ) -> str: # HTML
     "The page with a refusal."
     kind = KINDS[problem.kind]
     detail = problem.detail[:1].upper() + problem.detail[1:].rstrip(".") + "."
-    answer = template("problem.html").substitute(title=escape(kind.title), name=escape(problem.name), detail=escape(detail), meaning=escape(kind.meaning), kind=problem.kind)
-    return page(served, answer, kind.title, address, limit)
+    answer = template("problem.html").substitute(title=escape(kind.title), name=escape(problem.name), detail=escape(detail), meaning=escape(kind.meaning), kind=problem.kind, top=top)
+    return page(served, answer, kind.title, address, limit, top)
 
 # %% ../../nbs/serve/08_pages.ipynb #0402cbed
 def _confusion(served: Served) -> str:

@@ -125,6 +125,9 @@ async def from_form(
     try: form = await parser.parse()
     except (MultiPartException, ValueError, KeyError) as error:
         if isinstance(error, Problem): raise
+        if "Too many" in str(getattr(error, "message", "")):
+            raise Problem("wrong-request", f"the form has more than {2 * amounts.pictures} fields; at most "
+                                           f"{amounts.pictures} pictures are looked at together") from None
         raise Problem("unreadable-request", "the body is not a form that could be read; was it cut off, or its boundary left out?") from None
     parts = [await _part(name, value, number) for number, (name, value) in enumerate(form.multi_items(), start=1)]
     return check([part for part in parts if part], amounts)
