@@ -167,11 +167,12 @@ def test_data_without_parameters_is_refused(cloud, small_data, until):
     until(lambda: expected in cloud.services.runs.refused().values(), "the upload is refused")
 
 
-def test_a_file_that_is_no_data_set_is_left_alone(cloud, parameters, small_data, start_run, finished, idle):
+def test_a_file_that_is_no_data_set_is_left_alone(cloud, parameters, small_datasets, tmp_path, start_run, finished, idle):
+    data.write(small_datasets(seed=170), tmp_path / "datasets.h5")
     names, refused = cloud.services.runs.names(), cloud.services.runs.refused()
     cloud.bucket.client.upload_fileobj(BytesIO(b"hello"), cloud.bucket_name, "training_input/notes.txt")
     cloud.bucket.client.upload_fileobj(BytesIO(b"hello"), cloud.bucket_name, "elsewhere/datasets.h5")
-    after = start_run(cloud, "after-the-notes", parameters((3, 1), granularity="network", seed=170), small_data)
+    after = start_run(cloud, "after-the-notes", parameters((3, 1), granularity="network", seed=170), tmp_path / "datasets.h5")
     finished(cloud, after)  # what was told before it has been told by now
     idle()
     assert set(cloud.services.runs.names()) == {*names, after} and cloud.services.runs.refused() == refused

@@ -48,10 +48,9 @@ def _session(own: bool):
     import boto3
     from botocore.session import Session
     if not own: return boto3.Session()
-    session = Session()
-    for name, value in {"profile": None, "config_file": os.devnull, "credentials_file": os.devnull}.items():
-        session.set_config_variable(name, value)
-    return boto3.Session(botocore_session=session)
+    nowhere = (None, None, os.devnull, None)  # no name in a file, no variable, a default, no conversion
+    known = {"profile": (None, None, None, None), "config_file": nowhere, "credentials_file": nowhere}
+    return boto3.Session(botocore_session=Session(session_vars=known))
 
 def aws_client(
     service: str,

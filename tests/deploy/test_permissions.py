@@ -47,8 +47,8 @@ class Account:
     def __init__(self, aws, url: str, monkeypatch):
         self.asked: set[tuple] = set()     # function, action, resource, prefix that is listed
         self.running, self.events = "LaunchLambda", []
-        self.real, self.seats = adapters._client, {}
-        monkeypatch.setattr(adapters, "_client", self.client)
+        self.real, self.seats = adapters.aws_client, {}
+        monkeypatch.setattr(adapters, "aws_client", self.client)
         topic = aws.client("sns").create_topic(Name="Cats")["TopicArn"]
         self.services = Services({**aws.environment(), "SNN_REDIS_URL": url, "SNN_LEDGER": "dynamodb", "SNN_TABLES": "Cats-", "SNN_TOPIC": topic,
                                   "SNN_FUNCTIONS": ",".join(f"Cats-{name}" for name in NAMES)})
