@@ -107,6 +107,16 @@ def test_imports_point_down(path):
     if room in BELOW: assert imported(path) <= BELOW[room] | {room}
 
 
+def test_the_rooms_are_listed_in_the_order_of_their_imports():
+    "In CONTRIBUTING.md a room stands below all that it imports."
+    listed = re.findall(r"^nbs/(\w+) ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rooms = {path.parent.name for path in (ROOT / "snn").glob("*/__init__.py")}
+    assert sorted(listed) == sorted(rooms)
+    for path in (ROOT / "snn").glob("*/*.py"):
+        allowed = listed[:listed.index(path.parent.name) + 1]
+        assert imported(path) <= set(allowed), path
+
+
 SWEEPING = {"scan_iter", "flushdb", "flushall", "sscan_iter", "hscan_iter", "randomkey"}  # look at more than one run's keys
 IN_LUA = re.compile(r"""(?:call|execute_command)\(\s*['"](KEYS|SCAN|FLUSHDB|FLUSHALL|SELECT)\b""", re.I)
 
