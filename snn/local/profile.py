@@ -10,7 +10,6 @@ __all__ = ['KINDS', 'FUNCTIONS', 'METHODS', 'Stopwatch', 'put_in_place', 'watch_
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -108,8 +107,7 @@ def main() -> None:
 
 class WatchedWorkers(worker.Workers):
     "Workers with a stopwatch each."
-    def _start(self, name: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.local.profile import main; main()", name], env=self.environment, stdin=subprocess.DEVNULL, process_group=0)
+    program = "from snn.local.profile import main; main()"
 
 # %% ../../nbs/local/10_profile.ipynb #e589feb4
 class Track(NamedTuple):

@@ -45,7 +45,7 @@ SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREAD
 
 def main() -> None:
     "Work until told to stop."
-    name, parent = sys.argv[1], os.getppid()
+    name, parent = sys.argv[1], int(sys.argv[2])
     logging.getLogger("snn").setLevel(logging.ERROR)  # the program that has started us says it, once for all
     try:
         services, functions = process_services(), handlers()
@@ -63,6 +63,8 @@ def cores() -> int:
 
 class Workers:
     "A handful of worker processes. One that dies is replaced, and what it had in hand goes back into the queue."
+    program = "from snn.local.worker import main; main()"  # is given its name, and whose child it is
+
     def __init__(self,
         environment: dict[str, str],  # that leads them to the services
         count: int | None=None,       # as many as there are processors
@@ -73,7 +75,7 @@ class Workers:
         self.processes, self.deaths = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}, 0
 
     def _start(self, name: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.local.worker import main; main()", name],
+        return subprocess.Popen([sys.executable, "-P", "-c", self.program, name, str(os.getpid())],
                                 env=self.environment, stdin=subprocess.DEVNULL,
                                 process_group=0)  # Ctrl-C is for the parent, which then stops its workers
 
