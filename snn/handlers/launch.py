@@ -84,8 +84,8 @@ def start(
     known = services.runs.knows(newest)                                                   # who sees the plan knows of the run
     if known and (newest != plan.run or services.runs.status(newest).state != "running"): return newest       # taken up again, or ended
     if begun and not known: return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
+    _leave_images(plan, datasets, services)  # first: once the run is known, the watchdog may send for its neurons
     services.runs.begin(plan)
-    _leave_images(plan, datasets, services)
     checkpoint.leave_plan(plan, services)
     message, began = Message("LaunchLambda", "start", plan.run, epoch=0), time.perf_counter()
     status, _ = begin(message, services, [])

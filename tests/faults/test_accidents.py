@@ -125,7 +125,8 @@ def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, 
             until(lambda: process not in cloud.workers.processes.values(), "it is replaced")
         signalled(cloud, signal.SIGCONT)
         assert hit, "the run had ended before the first kill"
-        assert watched(cloud, name, until).state == "finished"
+        status = watched(cloud, name, until)
+        assert status.state == "finished", status.reason
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from snn.cloud.bucket import Upload
 from snn.cloud.messages import Message, epoch_messages
-from snn.cloud.runs import Status
+from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
 from snn.handlers import checkpoint, launch, watch
 from snn.handlers.inputs import end_early, forget
@@ -171,6 +171,37 @@ def test_an_opened_mini_batch_goes_by_itself(lab):
 
 
 # A run that goes on, and one that does not
+
+class Died(BaseException):
+    "What kills a process between two of its requests."
+
+
+@pytest.mark.parametrize("step", ["begin", "leave_plan"])
+def test_a_launch_that_dies_after_a_step_leaves_what_the_neurons_need(step, lab, monkeypatch):
+    begun = lab(small(stall_after=0.01))
+    services, done = begun.services, getattr(Runs if step == "begin" else checkpoint, step)
+    begun.bus.sent.clear()
+    for name in [name for name in begun.bucket if not name.startswith("training_input/")]:
+        del begun.bucket[name]
+    services.store.adapter.client.execute_command("FLUSHALL")
+    forget()
+
+    def die(*arguments):
+        done(*arguments)
+        raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runs if step == "begin" else checkpoint, step, die)
+        with pytest.raises(Died):
+            launch.handle_upload(UPLOAD, services)
+    services.bus.settle()
+    forget()
+    watch.watch(services, "lab")  # sees how far the run is
+    time.sleep(0.02)  # longer than stall_after
+    watch.watch(services, "lab")
+    assert play(begun) is None
+    assert record_of(begun, begun.run)["epochs"] == 6
+
 
 def test_a_run_that_was_stopped_is_not_taken_up_when_the_server_forgets_it(lab):
     begun = lab(small())
