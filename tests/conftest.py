@@ -1,4 +1,5 @@
 """What several tests use: parameters, data sets of a few pixels, a cloud, and the `snn` command."""
+
 import os
 import random
 import signal
@@ -17,11 +18,17 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # As in a terminal, also where the tests were started with nohup: what they start inherits that a signal is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The tests bring their own servers and settings.
-for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"): os.environ.pop(name, None)
+for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"):
+    os.environ.pop(name, None)
 
 # No test asks the real AWS, least of all with the keys of whoever runs it.
-os.environ |= {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_EC2_METADATA_DISABLED": "true",
-               "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
 os.environ.pop("AWS_SESSION_TOKEN", None)
 
 import h5py
@@ -35,11 +42,15 @@ from snn.maths import data
 from snn.maths.parameters import Parameters, from_dict
 
 # Chance is seeded, and a slow machine fails no property. `pytest --hypothesis-seed N` throws other dice.
-hypothesis.settings.register_profile("seeded", max_examples=50, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "seeded", max_examples=50, deadline=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("seeded")
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = ROOT.parent / "shared" / "data" / "datasets.h5"  # photographs that are not ours to publish
+REAL = (
+    ROOT.parent / "shared" / "data" / "datasets.h5"
+)  # photographs that are not ours to publish
 
 
 HERE = {"localhost", "localhost.", "", "0.0.0.0", "::", "::1"}
@@ -47,11 +58,14 @@ HERE = {"localhost", "localhost.", "", "0.0.0.0", "::", "::1"}
 
 def stay_here(event: str, arguments: tuple) -> None:
     "An audit hook: a test that leaves this machine fails."
-    if event not in ("socket.connect", "socket.getaddrinfo"): return
+    if event not in ("socket.connect", "socket.getaddrinfo"):
+        return
     address = arguments[1] if event == "socket.connect" else arguments
-    if not isinstance(address, tuple): return  # a Unix socket
+    if not isinstance(address, tuple):
+        return  # a Unix socket
     host = address[0].decode() if isinstance(address[0], bytes) else address[0]
-    if host is None or host in HERE or host.removeprefix("::ffff:").startswith("127."): return
+    if host is None or host in HERE or host.removeprefix("::ffff:").startswith("127."):
+        return
     raise ConnectionRefusedError(f"a test wanted to leave this machine: {event} to {host}")
 
 
@@ -67,35 +81,56 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def until():
     "Waits for something to become true, but not for ever."
+
     def wait(condition, what: str, seconds: float = 60):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
-            if time.monotonic() > deadline: pytest.fail(f"after {seconds:g} s still not so: {what}")
-            time.sleep(.02)
+            if time.monotonic() > deadline:
+                pytest.fail(f"after {seconds:g} s still not so: {what}")
+            time.sleep(0.02)
         return value
+
     return wait
 
 
 @pytest.fixture(scope="session")
 def parameters():
     "Makes parameters: the original's network and rule, with changes."
+
     def make(sizes=(20, 7, 5, 1), hidden="relu", **changes) -> Parameters:
         layers = [f"layer{l}" for l in range(1, len(sizes) + 1)]
         kinds = [*[hidden] * (len(sizes) - 1), "sigmoid"]
-        values = dict(epochs=2, layers=len(sizes), neurons=dict(zip(layers, sizes)), activations=dict(zip(layers, kinds)),
-                      learning_rate=.0075, batch_size=64, threshold=0)
+        values = dict(
+            epochs=2,
+            layers=len(sizes),
+            neurons=dict(zip(layers, sizes)),
+            activations=dict(zip(layers, kinds)),
+            learning_rate=0.0075,
+            batch_size=64,
+            threshold=0,
+        )
         return from_dict({**values, **changes})
+
     return make
 
 
 @pytest.fixture(scope="session")
 def small_datasets():
     "Makes data sets of noise in which the cats are a little brighter."
+
     def make(size=8, train=167, test=42, seed=0) -> data.Datasets:
         rng = np.random.default_rng(seed)
         labels = [np.arange(m) % 3 // 2 for m in (train, test)]
-        images = [np.clip(rng.normal(110 + 40 * y[:, None, None, None], 50, (len(y), size, size, 3)), 0, 255).astype(np.uint8) for y in labels]
+        images = [
+            np.clip(
+                rng.normal(110 + 40 * y[:, None, None, None], 50, (len(y), size, size, 3)),
+                0,
+                255,
+            ).astype(np.uint8)
+            for y in labels
+        ]
         return data.Datasets(images[0], labels[0], images[1], labels[1])
+
     return make
 
 
@@ -111,36 +146,46 @@ def small_data(small_datasets, tmp_path_factory) -> Path:
 def drawn_data() -> Path:
     "The data set that the project draws."
     from snn.local.training import drawn_datasets
+
     return drawn_datasets()
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     "Photographs, where a developer has them."
-    if not REAL.is_file(): pytest.skip("no photographs at ../shared/data/datasets.h5")
+    if not REAL.is_file():
+        pytest.skip("no photographs at ../shared/data/datasets.h5")
     return REAL
 
 
 @pytest.fixture(scope="module")
 def cloud():
     "A cloud on this machine, for all tests of a file."
-    with LocalCloud() as opened: yield opened
+    with LocalCloud() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def start_run():
     "Puts parameters and data into a folder of training_input/, as anybody could; returns the run that must follow."
+
     def start(cloud: LocalCloud, folder: str, chosen: Parameters, datasets: Path) -> str:
-        cloud.bucket.put(f"training_input/{folder}/parameters.json", msgspec.json.encode(chosen))
+        cloud.bucket.put(
+            f"training_input/{folder}/parameters.json", msgspec.json.encode(chosen)
+        )
         key = f"training_input/{folder}/datasets.h5"
-        answer = cloud.bucket.client.put_object(Bucket=cloud.bucket_name, Key=key, Body=datasets.read_bytes())
+        answer = cloud.bucket.client.put_object(
+            Bucket=cloud.bucket_name, Key=key, Body=datasets.read_bytes()
+        )
         return run_id(Upload(cloud.bucket_name, key, answer["ETag"].strip('"')), chosen)
+
     return start
 
 
 @pytest.fixture(scope="session")
 def finished(until):
     "Waits for the end of a run; returns its plan."
+
     def wait(cloud: LocalCloud, run: str, seconds: float = 120):
         runs, bus = cloud.services.runs, cloud.services.bus
         ended = lambda: run in runs.names() and runs.status(run).state != "running"
@@ -148,15 +193,18 @@ def finished(until):
         status = runs.status(run)
         assert status.state == "finished", f"{status}, put aside: {bus.dead()}"
         return runs.plan(run)
+
     return wait
 
 
 @pytest.fixture(scope="session")
 def weights():
     "Reads a params.h5, from a path or from its bytes, into {name: array}."
+
     def read(source) -> dict[str, np.ndarray]:
         with h5py.File(BytesIO(source) if isinstance(source, bytes) else source, "r") as file:
             return {name: file[name][()] for name in sorted(file)}
+
     return read
 
 
@@ -170,66 +218,106 @@ def weights_of(weights):
 def snn(capfd, monkeypatch):
     "Runs the snn command in this process; returns exit code, standard output and standard error."
     from snn.cli.main import main
+
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["snn", *map(str, arguments)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {
+            number: signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         capfd.readouterr()
-        try: main(); code = 0
-        except SystemExit as end: code = end.code or 0
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
         finally:
-            for number, handler in handlers.items(): signal.signal(number, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return code, *capfd.readouterr()
+
     return call
 
 
 @pytest.fixture(scope="session")
 def spawn():
     "Starts the snn command as a process in a session of its own, which Ctrl-C reaches even where the shell has it ignored."
+
     def start(*arguments, **options) -> subprocess.Popen:
-        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) | options
-        return subprocess.Popen([sys.executable, "-P", "-c", "from snn.cli.main import main; main()", *map(str, arguments)], **options)
+        options = (
+            dict(
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
+            | options
+        )
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                "from snn.cli.main import main; main()",
+                *map(str, arguments),
+            ],
+            **options,
+        )
+
     return start
 
 
 @pytest.fixture(scope="session")
 def run_snn(spawn):
     "Runs the snn command as a process; returns exit code, standard output and standard error."
+
     def run(*arguments, **options) -> tuple[int, str, str]:
-        with spawn(*arguments, **options) as process: said = process.communicate(timeout=120)
+        with spawn(*arguments, **options) as process:
+            said = process.communicate(timeout=120)
         return process.returncode, *said
+
     return run
 
 
 def shorten_pauses() -> None:
     "Shorten the pauses with which the tests poll tenfold, and leave those of the code that is tested."
     pause = time.sleep
+
     def short(seconds: float) -> None:
         own = sys._getframe(1).f_code.co_filename.startswith(str(ROOT / "tests"))
         pause(seconds / 10 if own and seconds <= 1 else seconds)
+
     time.sleep = short
 
 
-if os.environ.get("SNN_TESTS_QUICK"): shorten_pauses()  # tests/anywhere quick
+if os.environ.get("SNN_TESTS_QUICK"):
+    shorten_pauses()  # tests/anywhere quick
 
 
 def pytest_collection_modifyitems(items):
     "Files in random order, and the tests of each too: tests/anywhere shuffled."
-    if not (seed := os.environ.get("SNN_TESTS_SEED")): return
+    if not (seed := os.environ.get("SNN_TESTS_SEED")):
+        return
     dice, groups = random.Random(int(seed)), {}
-    for item in items: groups.setdefault(item.path, []).append(item)
+    for item in items:
+        groups.setdefault(item.path, []).append(item)
     files = list(groups.values())
     dice.shuffle(files)
-    for group in files: dice.shuffle(group)
+    for group in files:
+        dice.shuffle(group)
     items[:] = [item for group in files for item in group]
 
 
 # What brings tests that were skipped, by a word of the reason; a reason that has no word here says it itself.
-BRINGS = {"no photographs": "put a datasets.h5 of photographs there",
-          "no ../shared/data/": "put the photograph there", "no aws": "pipx install awscli",
-          "PyTorch": ".venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu",
-          "scikit-learn": ".venv/bin/pip install scikit-learn",
-          "Python 3.13": "put a python3.13 on the PATH (uv python install 3.13)"}
+BRINGS = {
+    "no photographs": "put a datasets.h5 of photographs there",
+    "no ../shared/data/": "put the photograph there",
+    "no aws": "pipx install awscli",
+    "PyTorch": ".venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu",
+    "scikit-learn": ".venv/bin/pip install scikit-learn",
+    "Python 3.13": "put a python3.13 on the PATH (uv python install 3.13)",
+}
 
 
 def reason_of(report) -> str:
@@ -240,18 +328,30 @@ def reason_of(report) -> str:
 
 def pytest_terminal_summary(terminalreporter):
     "What was skipped, a line for each reason, and how to get it."
-    reasons = Counter(reason_of(report) for report in terminalreporter.stats.get("skipped", []))
+    reasons = Counter(
+        reason_of(report) for report in terminalreporter.stats.get("skipped", [])
+    )
     terminalreporter.section("skipped, and how to get it")
     for reason, count in sorted(reasons.items()):
-        how = next((how for word, how in BRINGS.items() if word in reason and how not in reason), "")
-        line = f"{count} test{'s' * (count > 1)}: {reason}{'; to get it: ' + how if how else ''}"
+        how = next(
+            (how for word, how in BRINGS.items() if word in reason and how not in reason), ""
+        )
+        line = (
+            f"{count} test{'s' * (count > 1)}: {reason}{'; to get it: ' + how if how else ''}"
+        )
         terminalreporter.write_line(line)
     if not terminalreporter.config.getoption("--faults"):
-        terminalreporter.write_line("of the fault schedules a slice; to get all: bin/test --faults")
+        terminalreporter.write_line(
+            "of the fault schedules a slice; to get all: bin/test --faults"
+        )
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", action="store_true", help="run all fault schedules, not only a slice of them")
+    parser.addoption(
+        "--faults",
+        action="store_true",
+        help="run all fault schedules, not only a slice of them",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """What keeps the tests on this machine, and the command that runs them as other machines would."""
+
 import socket
 import subprocess
 import sys
@@ -21,14 +22,21 @@ def test_anywhere_names_its_regimes_and_refuses_others(root):
     for regime in ("plain", "busy", "quick", "shuffled", "offline", "homeless"):
         assert f"\n  {regime} " in said.stdout
     wrong = subprocess.run([command, "elsewhere"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("elsewhere is no regime; there are: plain")
+    assert wrong.returncode == 2 and wrong.stderr.startswith(
+        "elsewhere is no regime; there are: plain"
+    )
 
 
 def test_what_was_skipped_is_told_with_how_to_get_it(root, tmp_path):
     (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(
-        "import pytest\ndef test_one(): pytest.skip('no aws on the PATH')\n")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", tmp_path],
-                          capture_output=True, text=True, cwd=tmp_path)
+        "import pytest\ndef test_one(): pytest.skip('no aws on the PATH')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert "1 test: no aws on the PATH; to get it: pipx install awscli" in done.stdout
     assert "to get all: bin/test --faults" in done.stdout

@@ -1,4 +1,5 @@
 """The benchmark measures what it says it does. How fast anything is, is no test's business: machines have other things to do."""
+
 import json
 import os
 import re
@@ -20,7 +21,9 @@ from snn.maths import data, network
 
 GRANULARITIES = ("network", "layer", "neuron")
 FIELDS = {"name", "median", "fastest", "slowest", "ratio", "invocations"}
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc")
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="looks at processes through /proc"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,42 +35,89 @@ def parameters_file(parameters, tmp_path_factory) -> Path:
 
 def check_rows(rows: list[dict], peers: set[str] = frozenset()) -> None:
     "Everybody is there, and what is said of them can be."
-    assert [row["name"] for row in rows][:4] == ["plain NumPy", *GRANULARITIES] and {row["name"] for row in rows[4:]} == peers
+    assert [row["name"] for row in rows][:4] == ["plain NumPy", *GRANULARITIES] and {
+        row["name"] for row in rows[4:]
+    } == peers
     for row in rows:
         assert set(row) == FIELDS
         assert 0 < row["fastest"] <= row["median"] <= row["slowest"] and row["ratio"] > 0
     assert rows[0]["ratio"] == 1
 
 
-def test_the_bench_times_all_granularities_and_counts_their_invocations(snn, parameters_file, small_data):
-    code, said, told = snn("bench", "--data", small_data, "--parameters", parameters_file, "--epochs", 5, "--repetitions", 2, "--json")
+def test_the_bench_times_all_granularities_and_counts_their_invocations(
+    snn, parameters_file, small_data
+):
+    code, said, told = snn(
+        "bench",
+        "--data",
+        small_data,
+        "--parameters",
+        parameters_file,
+        "--epochs",
+        5,
+        "--repetitions",
+        2,
+        "--json",
+    )
     assert code == 0 and "repetition 2 of 2" in told
     rows = json.loads(said)
     check_rows(rows, set(bench.peers_here()))
-    neurons, layers, batches = 9, 3, 3  # of a 5-3-1 network on 167 images in mini-batches of 64
-    counted = {"network": 1 + batches, "layer": 1 + batches * (4 * layers + 1), "neuron": 1 + batches * (2 * neurons + 2 * layers + 1)}
+    neurons, layers, batches = (
+        9,
+        3,
+        3,
+    )  # of a 5-3-1 network on 167 images in mini-batches of 64
+    counted = {
+        "network": 1 + batches,
+        "layer": 1 + batches * (4 * layers + 1),
+        "neuron": 1 + batches * (2 * neurons + 2 * layers + 1),
+    }
     assert {row["name"]: row["invocations"] for row in rows if row["invocations"]} == counted
 
 
-def test_a_quick_bench_prints_a_table_and_draws_a_picture(snn, parameters_file, small_data, tmp_path):
-    code, said, told = snn("bench", "--data", small_data, "--parameters", parameters_file, "--quick", "--plot", tmp_path / "bench.png")
+def test_a_quick_bench_prints_a_table_and_draws_a_picture(
+    snn, parameters_file, small_data, tmp_path
+):
+    code, said, told = snn(
+        "bench",
+        "--data",
+        small_data,
+        "--parameters",
+        parameters_file,
+        "--quick",
+        "--plot",
+        tmp_path / "bench.png",
+    )
     assert code == 0 and "repetition 2 of 2" in told
-    for name in ("plain NumPy", *GRANULARITIES): assert re.search(rf"{name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+", said), name
+    for name in ("plain NumPy", *GRANULARITIES):
+        assert re.search(rf"{name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+", said), name
     assert Image.open(tmp_path / "bench.png").width == 800
 
 
 @pytest.mark.parametrize("name", ["scikit-learn", "PyTorch"])
 def test_a_peer_that_is_not_installed_is_left_out_with_a_note(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, bench.PEERS[name].module, None)  # as Python marks what can't be imported
+    monkeypatch.setitem(
+        sys.modules, bench.PEERS[name].module, None
+    )  # as Python marks what can't be imported
     said = []
     assert name not in bench.peers_here(said.append)
-    assert any(line.startswith(f"{name} is not installed and left out; pip install") for line in said)
+    assert any(
+        line.startswith(f"{name} is not installed and left out; pip install") for line in said
+    )
 
 
 @pytest.mark.parametrize("plot", ["nowhere/bench.png", "bench.pdf"])
-def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_measured(plot, snn, parameters_file, small_data):
-    code, said, told = snn("bench", "--data", small_data, "--parameters", parameters_file, "--plot", plot)
-    assert code == 2 and said == "" and told.strip() == f"--plot is {plot}; it must be a .png in a folder that exists"
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_measured(
+    plot, snn, parameters_file, small_data
+):
+    code, said, told = snn(
+        "bench", "--data", small_data, "--parameters", parameters_file, "--plot", plot
+    )
+    assert (
+        code == 2
+        and said == ""
+        and told.strip() == f"--plot is {plot}; it must be a .png in a folder that exists"
+    )
 
 
 def marked(mark: str) -> list[str]:
@@ -75,68 +125,116 @@ def marked(mark: str) -> list[str]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if f"SNN_TEST={mark}".encode() in (folder / "environ").read_bytes().split(b"\0") and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            if (
+                f"SNN_TEST={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                and (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            ):
                 found.append((folder / "cmdline").read_text())
-        except (FileNotFoundError, NotADirectoryError, ProcessLookupError, PermissionError): pass
+        except (FileNotFoundError, NotADirectoryError, ProcessLookupError, PermissionError):
+            pass
     return found
 
 
 @on_linux
-def test_ctrl_c_ends_a_bench_and_leaves_nothing(spawn, parameters_file, small_data, tmp_path, until):
+def test_ctrl_c_ends_a_bench_and_leaves_nothing(
+    spawn, parameters_file, small_data, tmp_path, until
+):
     (tmp_path / "tmp").mkdir()
-    process = spawn("bench", "--data", small_data, "--parameters", parameters_file, "--repetitions", 1000, "--epochs", 5,
-                    env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "SNN_TEST": tmp_path.name})
+    process = spawn(
+        "bench",
+        "--data",
+        small_data,
+        "--parameters",
+        parameters_file,
+        "--repetitions",
+        1000,
+        "--epochs",
+        5,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "SNN_TEST": tmp_path.name},
+    )
     for line in process.stderr:
-        if line.startswith("repetition 1 "): break
+        if line.startswith("repetition 1 "):
+            break
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=30)
-    assert process.returncode == 130 and told.splitlines()[-1] == "Stopped. Nothing is left running."
+    assert (
+        process.returncode == 130
+        and told.splitlines()[-1] == "Stopped. Nothing is left running."
+    )
     until(lambda: not marked(tmp_path.name), "no process is left", 10)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_run_that_is_over_too_soon_is_given_more_epochs(cloud, parameters, small_datasets, tmp_path):
+def test_a_run_that_is_over_too_soon_is_given_more_epochs(
+    cloud, parameters, small_datasets, tmp_path
+):
     data.write(small_datasets(4, 4, 2), tmp_path / "datasets.h5")
-    assert bench.time_run(cloud, parameters((1,), epochs=2, granularity="network"), tmp_path / "datasets.h5") > 0
+    assert (
+        bench.time_run(
+            cloud, parameters((1,), epochs=2, granularity="network"), tmp_path / "datasets.h5"
+        )
+        > 0
+    )
 
 
 # How it grows
 
+
 def test_everybody_takes_a_turn_in_each_repetition():
     order = []
-    cases = {name: lambda turn, name=name: order.append((turn, name)) or float(turn) for name in "abc"}
+    cases = {
+        name: lambda turn, name=name: order.append((turn, name)) or float(turn)
+        for name in "abc"
+    }
     assert bench.in_turns(cases, 3) == {name: [0, 1, 2] for name in "abc"}
     assert order == [*product(range(3), "abc")]
 
 
-@pytest.mark.parametrize("once, each", [(0, 1), (5, .01), (3, 0)])
+@pytest.mark.parametrize("once, each", [(0, 1), (5, 0.01), (3, 0)])
 def test_points_on_a_line_give_the_line(once, each):
-    found = bench.straight([bench.Point("layer", n, once + each * n, 0, 0) for n in (4, 16, 64, 256)])
+    found = bench.straight(
+        [bench.Point("layer", n, once + each * n, 0, 0) for n in (4, 16, 64, 256)]
+    )
     assert found == pytest.approx((once, each, 1), abs=1e-9)
 
 
-@pytest.mark.parametrize("power", [1.5, 2, .3])
+@pytest.mark.parametrize("power", [1.5, 2, 0.3])
 def test_what_grows_in_another_way_is_told_from_a_line(power):
-    farthest = bench.straight([bench.Point("layer", n, n ** power, 0, 0) for n in (20, 60, 200, 600, 2000)]).farthest
+    farthest = bench.straight(
+        [bench.Point("layer", n, n**power, 0, 0) for n in (20, 60, 200, 600, 2000)]
+    ).farthest
     assert max(farthest, 1 / farthest) > 1.3
 
 
 def test_an_axis_changes_what_it_says_and_nothing_else(parameters, tmp_path):
     base = parameters((5, 3, 1))
-    wide, many, cut = (axis(base, [4, 8], tmp_path, size=4) for axis in (bench.wider, bench.more_images, bench.more_batches))
-    assert [case.parameters.sizes for case in wide] == [[4, 3, 1], [8, 3, 1]] and {case.datasets for case in wide} == {wide[0].datasets}
-    assert [len(data.read(case.datasets).train_x) for case in many] == [4, 8] and all(case.parameters == base for case in many)
+    wide, many, cut = (
+        axis(base, [4, 8], tmp_path, size=4)
+        for axis in (bench.wider, bench.more_images, bench.more_batches)
+    )
+    assert [case.parameters.sizes for case in wide] == [[4, 3, 1], [8, 3, 1]] and {
+        case.datasets for case in wide
+    } == {wide[0].datasets}
+    assert [len(data.read(case.datasets).train_x) for case in many] == [4, 8] and all(
+        case.parameters == base for case in many
+    )
     assert [1024 // case.parameters.batch_size for case in cut] == [4, 8]
-    for case in cut: assert bench.invocations(case.parameters, 1024) == 1 + case.value * (2 * 9 + 2 * 3 + 1)
+    for case in cut:
+        assert bench.invocations(case.parameters, 1024) == 1 + case.value * (2 * 9 + 2 * 3 + 1)
 
 
 # Where the time goes
 
+
 def test_the_parts_of_made_up_epochs_are_what_they_were_made_of():
     "Two workers; the epochs that count are those from 30 s to 50 s, and one worker waits all the time."
-    kinds = np.array([profile.KINDS.index(kind) for kind in ("mathematics", "round trips", "dispatch")])
-    one = profile.Track(kinds, np.array([0., 35, 45, 100]), {epoch: 10. * epoch + 10 for epoch in range(6)})
-    other = profile.Track(kinds[2:], np.array([0., 100]), {})
+    kinds = np.array(
+        [profile.KINDS.index(kind) for kind in ("mathematics", "round trips", "dispatch")]
+    )
+    one = profile.Track(
+        kinds, np.array([0.0, 35, 45, 100]), {epoch: 10.0 * epoch + 10 for epoch in range(6)}
+    )
+    other = profile.Track(kinds[2:], np.array([0.0, 100]), {})
     assert profile.middle([one, other]) == (30, 50, 2)
     found = {kind: seconds for kind, seconds in profile.parts([one, other]).items() if seconds}
     assert found == {"mathematics": 5 / 4, "round trips": 10 / 4, "dispatch": 25 / 4}
@@ -148,35 +246,91 @@ def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data
     tracks = profile.profile(chosen, small_data, 2)
     parts, (start, end, epochs) = profile.parts(tracks), profile.middle(tracks)
     assert len(tracks) == 2 and sorted(profile.ends(tracks)) == list(range(9)) and epochs == 5
-    assert set(parts) == set(profile.KINDS) and sum(parts.values()) == pytest.approx((end - start) / epochs)
-    assert min(parts[kind] for kind in ("mathematics", "round trips", "serialisation", "dispatch")) > 0
+    assert set(parts) == set(profile.KINDS) and sum(parts.values()) == pytest.approx(
+        (end - start) / epochs
+    )
+    assert (
+        min(
+            parts[kind] for kind in ("mathematics", "round trips", "serialisation", "dispatch")
+        )
+        > 0
+    )
     assert 1 <= profile.requests(tracks) <= 4 * bench.invocations(chosen, 167)
 
 
 # Half the bytes
 
-@pytest.mark.parametrize("granularity, aggregation", [*product(GRANULARITIES, ("best", "mean"))])
-def test_float32_gives_what_float64_gives_as_far_as_it_can_hold_it(granularity, aggregation, cloud, parameters, small_data, start_run, finished, weights_of):
-    chosen, found = parameters((6, 4, 1), "tanh", epochs=10, granularity=granularity, aggregation=aggregation, learning_rate=.05), data.read(small_data)
+
+@pytest.mark.parametrize(
+    "granularity, aggregation", [*product(GRANULARITIES, ("best", "mean"))]
+)
+def test_float32_gives_what_float64_gives_as_far_as_it_can_hold_it(
+    granularity, aggregation, cloud, parameters, small_data, start_run, finished, weights_of
+):
+    chosen, found = (
+        parameters(
+            (6, 4, 1),
+            "tanh",
+            epochs=10,
+            granularity=granularity,
+            aggregation=aggregation,
+            learning_rate=0.05,
+        ),
+        data.read(small_data),
+    )
     *_, (_, layers) = network.train(chosen, data.standardise(found.train_x), found.train_y)
-    run = start_run(cloud, f"half-{granularity}-{aggregation}", msgspec.structs.replace(chosen, dtype="float32"), small_data)
+    run = start_run(
+        cloud,
+        f"half-{granularity}-{aggregation}",
+        msgspec.structs.replace(chosen, dtype="float32"),
+        small_data,
+    )
     finished(cloud, run)
     weights = weights_of(cloud, run)
     for l, (W, b, *_) in enumerate(layers, start=1):
         for name, expected in ((f"W{l}", W), (f"b{l}", b)):
             np.testing.assert_allclose(weights[name], expected, rtol=1e-3, atol=1e-5)
-            assert (weights[name] == weights[name].astype(np.float32)).all() and not (weights[name] == expected).all()
+            assert (weights[name] == weights[name].astype(np.float32)).all() and not (
+                weights[name] == expected
+            ).all()
 
 
 # The notebook
 
+
 @pytest.mark.timeout(600)
 def test_the_benchmark_tells_itself_in_its_quick_mode(tmp_path, small_data):
-    ran = run_notebook(default_notebooks() / "Benchmark.ipynb", tmp_path / "Benchmark.ipynb", {"quick": True, "data": str(small_data), "out": str(tmp_path)}, longest=300)
-    said = [output for cell in nbformat.read(ran, 4).cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in said if output.output_type == "error" or output.get("name") == "stderr"]
+    ran = run_notebook(
+        default_notebooks() / "Benchmark.ipynb",
+        tmp_path / "Benchmark.ipynb",
+        {"quick": True, "data": str(small_data), "out": str(tmp_path)},
+        longest=300,
+    )
+    said = [
+        output
+        for cell in nbformat.read(ran, 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
+    assert not [
+        output
+        for output in said
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert len([output for output in said if "image/png" in output.get("data", {})]) == 13
     numbers = json.loads((tmp_path / "benchmark.json").read_text())
     check_rows(numbers["side by side"], set(bench.peers_here()))
-    assert set(numbers) == {"side by side", "where the time goes", "width", "images", "mini-batches", "epochs", "workers", "float32", "predicted", "on AWS"}
-    for axis in ("width", "images", "mini-batches"): assert {point["name"] for point in numbers[axis]} == {"plain NumPy", *GRANULARITIES}
+    assert set(numbers) == {
+        "side by side",
+        "where the time goes",
+        "width",
+        "images",
+        "mini-batches",
+        "epochs",
+        "workers",
+        "float32",
+        "predicted",
+        "on AWS",
+    }
+    for axis in ("width", "images", "mini-batches"):
+        assert {point["name"] for point in numbers[axis]} == {"plain NumPy", *GRANULARITIES}

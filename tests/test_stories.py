@@ -1,4 +1,5 @@
 """The stories: notebooks that run as they are and as stages of a pipeline, and an invocation that is replayed."""
+
 import json
 import os
 import re
@@ -22,21 +23,46 @@ from snn.cloud.messages import Message, invocations_per_epoch
 from snn.cloud.services import Services
 from snn.cloud.store import decode
 from snn.handlers import launch, neuron as neuron_lambda, trainer
-from snn.local.pipeline import NotebookFailed, Request, StageFailed, default_notebooks, run_notebook, run_pipeline, train_in_cloud
-from snn.local.replay import Record, as_dict, explain, find_record, images_in_bucket, read_record, record_in_bucket, replay, replay_on
+from snn.local.pipeline import (
+    NotebookFailed,
+    Request,
+    StageFailed,
+    default_notebooks,
+    run_notebook,
+    run_pipeline,
+    train_in_cloud,
+)
+from snn.local.replay import (
+    Record,
+    as_dict,
+    explain,
+    find_record,
+    images_in_bucket,
+    read_record,
+    record_in_bucket,
+    replay,
+    replay_on,
+)
 from snn.local.server import local_aws, parameter_server
 from snn.local.training import train
 from snn.maths import data, network
 from snn.maths.parameters import InputError
 
 STORIES = ["Introduction", "Codebook", "Analysis"]
-SCREENS = Path(__file__).resolve().parent.parent / "out" / "screens"  # pictures of what was seen are left here
+SCREENS = (
+    Path(__file__).resolve().parent.parent / "out" / "screens"
+)  # pictures of what was seen are left here
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
 def outputs(notebook: Path) -> list:
     "All that the cells of a notebook gave."
-    return [output for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code" for output in cell.outputs]
+    return [
+        output
+        for cell in nbformat.read(notebook, 4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
 
 
 def check_outputs(notebook: Path) -> None:
@@ -46,10 +72,12 @@ def check_outputs(notebook: Path) -> None:
         assert output.get("name") != "stderr", output.text
         said = output.get("text", "") or output.get("data", {}).get("text/plain", "")
         assert not re.search(r"Traceback|Warning:|\x1b\[|it/s\]|widget", said), said
-        if "image/png" not in output.get("data", {}): assert not re.match(r"<?(Sheet|Figure|\[?<matplotlib)", said), said
+        if "image/png" not in output.get("data", {}):
+            assert not re.match(r"<?(Sheet|Figure|\[?<matplotlib)", said), said
 
 
 # The notebooks
+
 
 def pictures(notebook: Path) -> list:
     "The outputs of a notebook that are pictures."
@@ -63,10 +91,16 @@ def described(notebook: Path) -> list[str]:
 
 def said_in(notebook: Path) -> str:
     "All that the cells of a notebook printed, and its tables."
-    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in outputs(notebook))
+    return "\n".join(
+        output.get("text", "") or output.get("data", {}).get("text/markdown", "")
+        for output in outputs(notebook)
+    )
 
 
-@pytest.mark.parametrize("notebook", [pytest.param(path, id=path.stem) for path in sorted(default_notebooks().glob("*.ipynb"))])
+@pytest.mark.parametrize(
+    "notebook",
+    [pytest.param(path, id=path.stem) for path in sorted(default_notebooks().glob("*.ipynb"))],
+)
 def test_a_story_in_the_repository_is_small_and_shows_its_pictures(notebook):
     assert notebook.stat().st_size < 300_000, "fewer or smaller pictures"
     assert len(pictures(notebook)) >= 4 and all(described(notebook))
@@ -75,8 +109,17 @@ def test_a_story_in_the_repository_is_small_and_shows_its_pictures(notebook):
 
 def test_every_cell_of_a_story_has_been_run():
     for name in STORIES:
-        silent = [cell.source for cell in nbformat.read(default_notebooks() / f"{name}.ipynb", 4).cells
-                  if cell.cell_type == "code" and not cell.outputs and re.search(r"^(print|show|display|table|learning|neurons|answers|structure|style)\W", cell.source, re.M)]
+        silent = [
+            cell.source
+            for cell in nbformat.read(default_notebooks() / f"{name}.ipynb", 4).cells
+            if cell.cell_type == "code"
+            and not cell.outputs
+            and re.search(
+                r"^(print|show|display|table|learning|neurons|answers|structure|style)\W",
+                cell.source,
+                re.M,
+            )
+        ]
         assert not silent, f"{name} was changed and not run again"
 
 
@@ -87,7 +130,13 @@ LONGEST = 300  # seconds that a cell may take before the test gives up; how long
 def told(tmp_path_factory) -> Path:
     "All three stories, run as they are: their folder."
     folder, began = tmp_path_factory.mktemp("stories"), time.monotonic()
-    for name in STORIES: run_notebook(default_notebooks() / f"{name}.ipynb", folder / f"{name}.ipynb", {}, longest=LONGEST)
+    for name in STORIES:
+        run_notebook(
+            default_notebooks() / f"{name}.ipynb",
+            folder / f"{name}.ipynb",
+            {},
+            longest=LONGEST,
+        )
     print(f"the three stories took {time.monotonic() - began:.0f} s together")
     return folder
 
@@ -96,100 +145,211 @@ def told(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", STORIES)
 def test_a_story_tells_itself_from_top_to_bottom(told, name):
     check_outputs(told / f"{name}.ipynb")
-    assert len(pictures(told / f"{name}.ipynb")) == len(pictures(default_notebooks() / f"{name}.ipynb"))
+    assert len(pictures(told / f"{name}.ipynb")) == len(
+        pictures(default_notebooks() / f"{name}.ipynb")
+    )
 
 
 @pytest.mark.timeout(900)
 def test_the_analysis_shows_weights_on_their_way_and_what_the_run_would_cost(told):
     analysis = told / "Analysis.ipynb"
-    assert "Layer 1 from epoch to epoch: what training has added to the weights" in described(analysis)
-    dollars = float(re.search(r"\*\*in all\*\* \| \*\*([\d.]+)\*\*", said_in(analysis)).group(1))
+    assert "Layer 1 from epoch to epoch: what training has added to the weights" in described(
+        analysis
+    )
+    dollars = float(
+        re.search(r"\*\*in all\*\* \| \*\*([\d.]+)\*\*", said_in(analysis)).group(1)
+    )
     assert 0 < dollars < 1
 
 
 @pytest.mark.timeout(900)
 def test_the_analysis_names_all_measures_of_the_test_set(told):
     said = said_in(told / "Analysis.ipynb")
-    for measure in ("accuracy", "classification error", "majority baseline", "sensitivity", "specificity", "false-positive rate", "precision"):
-        assert re.search(rf"\| {measure} \| .* \| \*\*[\d.]+%\*\* \| \d+% to \d+% \|", said), measure
-    assert any(text.startswith("ROC curve, AUC 0.") for text in described(told / "Analysis.ipynb"))
+    for measure in (
+        "accuracy",
+        "classification error",
+        "majority baseline",
+        "sensitivity",
+        "specificity",
+        "false-positive rate",
+        "precision",
+    ):
+        assert re.search(rf"\| {measure} \| .* \| \*\*[\d.]+%\*\* \| \d+% to \d+% \|", said), (
+            measure
+        )
+    assert any(
+        text.startswith("ROC curve, AUC 0.") for text in described(told / "Analysis.ipynb")
+    )
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("granularity", ["layer", "network"])
 def test_the_codebook_runs_at_every_granularity(granularity, small_data, tmp_path):
-    ran = run_notebook(default_notebooks() / "Codebook.ipynb", tmp_path / "Codebook.ipynb", {"data": str(small_data), "granularity": granularity, "epochs": 2, "out": str(tmp_path / "out")})
+    ran = run_notebook(
+        default_notebooks() / "Codebook.ipynb",
+        tmp_path / "Codebook.ipynb",
+        {
+            "data": str(small_data),
+            "granularity": granularity,
+            "epochs": 2,
+            "out": str(tmp_path / "out"),
+        },
+    )
     check_outputs(ran)
     record = read_record(tmp_path / "out")
     assert record.plan.parameters.granularity == granularity
-    assert f"1 upload + 2 epochs · {invocations_per_epoch(record.plan)} invocations = {1 + 2 * invocations_per_epoch(record.plan):,}" in said_in(ran)
+    assert (
+        f"1 upload + 2 epochs · {invocations_per_epoch(record.plan)} invocations = {1 + 2 * invocations_per_epoch(record.plan):,}"
+        in said_in(ran)
+    )
 
 
-def test_the_codebook_runs_with_a_single_mini_batch_and_a_single_epoch(small_datasets, tmp_path):
+def test_the_codebook_runs_with_a_single_mini_batch_and_a_single_epoch(
+    small_datasets, tmp_path
+):
     data.write(small_datasets(train=30), tmp_path / "datasets.h5")
-    check_outputs(run_notebook(default_notebooks() / "Codebook.ipynb", tmp_path / "Codebook.ipynb", {"data": str(tmp_path / "datasets.h5"), "epochs": 1}))
+    check_outputs(
+        run_notebook(
+            default_notebooks() / "Codebook.ipynb",
+            tmp_path / "Codebook.ipynb",
+            {"data": str(tmp_path / "datasets.h5"), "epochs": 1},
+        )
+    )
 
 
 @pytest.mark.timeout(600)
 def test_the_stories_run_with_photographs(real_data, tmp_path):
     given = {"data": str(real_data), "epochs": 4}
-    unseen = [path for name in ("grumpy_cat.jpeg", "gargouille.jpeg") if (path := PHOTOGRAPHS / name).is_file()]
+    unseen = [
+        path
+        for name in ("grumpy_cat.jpeg", "gargouille.jpeg")
+        if (path := PHOTOGRAPHS / name).is_file()
+    ]
     (tmp_path / "unseen").mkdir()
-    for path in unseen: shutil.copy(path, tmp_path / "unseen")
+    for path in unseen:
+        shutil.copy(path, tmp_path / "unseen")
     for name in STORIES:
         more = {"unseen": str(tmp_path / "unseen")} if name == "Analysis" else {}
-        ran = run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given | more, longest=LONGEST)
+        ran = run_notebook(
+            default_notebooks() / f"{name}.ipynb",
+            tmp_path / f"{name}.ipynb",
+            given | more,
+            longest=LONGEST,
+        )
         check_outputs(ran)
-    for path in unseen: assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said_in(ran)), path.name
+    for path in unseen:
+        assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said_in(ran)), (
+            path.name
+        )
 
 
 def test_the_analysis_refuses_data_of_another_run(run_folder, small_datasets, tmp_path):
     data.write(small_datasets(seed=5), tmp_path / "other.h5")
     with pytest.raises(NotebookFailed, match="this is not the data of run"):
-        run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"results": str(run_folder), "data": str(tmp_path / "other.h5")})
+        run_notebook(
+            default_notebooks() / "Analysis.ipynb",
+            tmp_path / "Analysis.ipynb",
+            {"results": str(run_folder), "data": str(tmp_path / "other.h5")},
+        )
 
 
 def test_a_cell_that_takes_for_ever_is_given_up(tmp_path):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import time; time.sleep(60)")]), tmp_path / "Slow.ipynb")
-    with pytest.raises(NotebookFailed, match="Slow.ipynb stopped: a cell took more than 1 s"): run_notebook(tmp_path / "Slow.ipynb", tmp_path / "out.ipynb", {}, longest=1)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell("import time; time.sleep(60)")]
+        ),
+        tmp_path / "Slow.ipynb",
+    )
+    with pytest.raises(NotebookFailed, match="Slow.ipynb stopped: a cell took more than 1 s"):
+        run_notebook(tmp_path / "Slow.ipynb", tmp_path / "out.ipynb", {}, longest=1)
 
 
 @pytest.mark.timeout(600)
-def test_introduction_and_codebook_look_at_the_data_of_a_bucket(cloud, small_data, tmp_path, monkeypatch):
-    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+def test_introduction_and_codebook_look_at_the_data_of_a_bucket(
+    cloud, small_data, tmp_path, monkeypatch
+):
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
     cloud.aws.client("s3").create_bucket(Bucket="stack")  # nobody listens to this one
-    Bucket(cloud.aws.client("s3"), "stack").put("training_input/datasets.h5", small_data.read_bytes())
-    for name, said in [("Introduction", "8 · 8 · 3 = 192 numbers per picture"), ("Codebook", "167 images, 3 mini-batches")]:
-        if name == "Codebook": monkeypatch.delenv("SNN_REDIS_URL")  # its queue has workers here; the Introduction leaves a stack's server alone in any case
-        ran = run_notebook(default_notebooks() / f"{name}.ipynb", tmp_path / f"{name}.ipynb", {"bucket": "stack", "region": "us-east-1", "epochs": 2}, longest=LONGEST)
+    Bucket(cloud.aws.client("s3"), "stack").put(
+        "training_input/datasets.h5", small_data.read_bytes()
+    )
+    for name, said in [
+        ("Introduction", "8 · 8 · 3 = 192 numbers per picture"),
+        ("Codebook", "167 images, 3 mini-batches"),
+    ]:
+        if name == "Codebook":
+            monkeypatch.delenv(
+                "SNN_REDIS_URL"
+            )  # its queue has workers here; the Introduction leaves a stack's server alone in any case
+        ran = run_notebook(
+            default_notebooks() / f"{name}.ipynb",
+            tmp_path / f"{name}.ipynb",
+            {"bucket": "stack", "region": "us-east-1", "epochs": 2},
+            longest=LONGEST,
+        )
         check_outputs(ran)
         assert said in said_in(ran)
 
 
 def test_bin_lab_opens_the_introduction(root, until, tmp_path):
     jupyter = Path(sys.executable).with_name("jupyter")
-    if not jupyter.exists(): pytest.skip("JupyterLab is not installed: pip install 'snn[notebooks]'")
-    for folder in ("bin", ".venv/bin", "nbs"): (tmp_path / folder).mkdir(parents=True)
+    if not jupyter.exists():
+        pytest.skip("JupyterLab is not installed: pip install 'snn[notebooks]'")
+    for folder in ("bin", ".venv/bin", "nbs"):
+        (tmp_path / folder).mkdir(parents=True)
     shutil.copy(root / "bin" / "lab", tmp_path / "bin")
     shutil.copy(root / "nbs" / "Introduction.ipynb", tmp_path / "nbs")
-    (tmp_path / "bin" / "venv").write_text("#!/bin/sh\ntest \"$1\" = notebooks\n")  # all is installed already
+    (tmp_path / "bin" / "venv").write_text(
+        '#!/bin/sh\ntest "$1" = notebooks\n'
+    )  # all is installed already
     (tmp_path / "bin" / "venv").chmod(0o755)
     (tmp_path / ".venv" / "bin" / "jupyter").symlink_to(jupyter)
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     browser, opened, log = tmp_path / "browser", tmp_path / "opened", tmp_path / "log"
-    browser.write_text(f"#!/bin/sh\necho \"$1\" > {opened}\n")
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
     browser.chmod(0o755)
     with log.open("w") as file:
-        lab = subprocess.Popen([tmp_path / "bin" / "lab", f"--port={port}", "--port-retries=0", "--allow-root", "--IdentityProvider.token="],
-                               stdout=file, stderr=file, start_new_session=True, env={**os.environ, "BROWSER": f"{browser} %s"})
+        lab = subprocess.Popen(
+            [
+                tmp_path / "bin" / "lab",
+                f"--port={port}",
+                "--port-retries=0",
+                "--allow-root",
+                "--IdentityProvider.token=",
+            ],
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "BROWSER": f"{browser} %s"},
+        )
+
     def answer(path):
-        try: return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()
-        except OSError: return ""
+        try:
+            return (
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5)
+                .read()
+                .decode()
+            )
+        except OSError:
+            return ""
+
     try:
-        address = until(lambda: opened.is_file() and opened.read_text().strip(), "JupyterLab opens a browser")
-        redirect = Path(urllib.parse.urlparse(address).path).read_text() if address.startswith("file:") else address
+        address = until(
+            lambda: opened.is_file() and opened.read_text().strip(),
+            "JupyterLab opens a browser",
+        )
+        redirect = (
+            Path(urllib.parse.urlparse(address).path).read_text()
+            if address.startswith("file:")
+            else address
+        )
         assert f":{port}/lab/tree/Introduction.ipynb" in redirect, log.read_text()
-        assert "JupyterLab" in answer("/lab/tree/Introduction.ipynb") and "Introduction.ipynb" in answer("/api/contents/Introduction.ipynb?content=0")
+        assert "JupyterLab" in answer(
+            "/lab/tree/Introduction.ipynb"
+        ) and "Introduction.ipynb" in answer("/api/contents/Introduction.ipynb?content=0")
     finally:
         lab.terminate()
         lab.wait(30)
@@ -197,37 +357,59 @@ def test_bin_lab_opens_the_introduction(root, until, tmp_path):
 
 # Replay
 
+
 @pytest.fixture
 def cloud_in_hand(monkeypatch):
     "A bucket and a parameter server, but nobody who takes messages."
     with local_aws() as aws, parameter_server() as server:
-        for name, value in {**aws.environment(), "SNN_REDIS_URL": server.url}.items(): monkeypatch.setenv(name, value)
+        for name, value in {**aws.environment(), "SNN_REDIS_URL": server.url}.items():
+            monkeypatch.setenv(name, value)
         aws.client("s3").create_bucket(Bucket="hand")
         yield Services()
 
 
 def run_until(services: Services, wanted) -> None:
     "Run messages one after the other until one is as wanted, which is not run."
-    handlers = {"LaunchLambda": launch.handle, "TrainerLambda": trainer.handle, "NeuronLambda": neuron_lambda.handle}
+    handlers = {
+        "LaunchLambda": launch.handle,
+        "TrainerLambda": trainer.handle,
+        "NeuronLambda": neuron_lambda.handle,
+    }
     waiting = []
     while True:
-        waiting += [msgspec.json.decode(envelope.event, type=Message) for envelope in services.bus.take("test", 0)]
+        waiting += [
+            msgspec.json.decode(envelope.event, type=Message)
+            for envelope in services.bus.take("test", 0)
+        ]
         message = waiting.pop(0)
-        if wanted(message): return
+        if wanted(message):
+            return
         handlers[message.function](message, services)
         services.store.flush()
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer"])
-def test_a_replay_gives_the_numbers_of_the_invocation(cloud_in_hand, granularity, parameters, small_datasets, small_data):
-    services, chosen = cloud_in_hand, parameters((6, 4, 1), hidden="tanh", epochs=4, granularity=granularity, learning_rate=.1)
+def test_a_replay_gives_the_numbers_of_the_invocation(
+    cloud_in_hand, granularity, parameters, small_datasets, small_data
+):
+    services, chosen = (
+        cloud_in_hand,
+        parameters(
+            (6, 4, 1), hidden="tanh", epochs=4, granularity=granularity, learning_rate=0.1
+        ),
+    )
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
     run = launch.start(launch.Upload("hand", "input/datasets.h5", "etag"), services)
-    run_until(services, lambda message: message.function == "LaunchLambda" and message.epoch == 2)
+    run_until(
+        services, lambda message: message.function == "LaunchLambda" and message.epoch == 2
+    )
 
-    record, block = Record(services.runs.plan(run), 3, services.runs.costs(run)), 3 if granularity == "neuron" else 0
+    record, block = (
+        Record(services.runs.plan(run), 3, services.runs.costs(run)),
+        3 if granularity == "neuron" else 0,
+    )
     for batch in range(3):
         found = replay(record, small_datasets(), 2, batch, 2, 3, "backward")
         read = lambda name: decode(services.store.read(run, batch, 2, [name])[0])
@@ -242,16 +424,31 @@ def test_a_replay_gives_the_numbers_of_the_invocation(cloud_in_hand, granularity
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
-def test_a_replayed_event_is_the_one_that_was_sent(cloud_in_hand, granularity, parameters, small_datasets, small_data):
-    services, chosen = cloud_in_hand, parameters((5, 3, 1), epochs=3, learning_rate=.1, granularity=granularity)
+def test_a_replayed_event_is_the_one_that_was_sent(
+    cloud_in_hand, granularity, parameters, small_datasets, small_data
+):
+    services, chosen = (
+        cloud_in_hand,
+        parameters((5, 3, 1), epochs=3, learning_rate=0.1, granularity=granularity),
+    )
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
     run = launch.start(launch.Upload("hand", "input/datasets.h5", "etag"), services)
     sent = []
-    run_until(services, lambda message: sent.append(message) or message.function == "LaunchLambda" and message.epoch == 1)
+    run_until(
+        services,
+        lambda message: (
+            sent.append(message) or message.function == "LaunchLambda" and message.epoch == 1
+        ),
+    )
     record = Record(services.runs.plan(run), 2, [])
-    for direction, layer, number in [("forward", 1, 4), ("forward", 3, 0), ("backward", 2, 2), ("backward", 1, 0)]:
+    for direction, layer, number in [
+        ("forward", 1, 4),
+        ("forward", 3, 0),
+        ("backward", 2, 2),
+        ("backward", 1, 0),
+    ]:
         found = replay(record, small_datasets(), 1, 2, layer, number, direction)
         same = [message for message in sent if message.id == found.message.id]
         assert len(same) == 1 and msgspec.structs.replace(same[0], learn=True) == found.message
@@ -261,8 +458,19 @@ def test_a_replayed_event_is_the_one_that_was_sent(cloud_in_hand, granularity, p
 def run_folder(parameters, small_data, tmp_path_factory) -> Path:
     "A finished run with checkpoints."
     folder = tmp_path_factory.mktemp("run")
-    train(parameters((6, 4, 1), epochs=9, granularity="network", checkpoint_every=3, learning_rate=.05, optimizer={"name": "momentum"}, validation_fraction=.1),
-          small_data, folder)
+    train(
+        parameters(
+            (6, 4, 1),
+            epochs=9,
+            granularity="network",
+            checkpoint_every=3,
+            learning_rate=0.05,
+            optimizer={"name": "momentum"},
+            validation_fraction=0.1,
+        ),
+        small_data,
+        folder,
+    )
     return folder
 
 
@@ -271,8 +479,15 @@ def test_a_checkpoint_gives_the_weights_that_training_gives(run_folder, small_da
     assert sorted(record.checkpoints) == [2, 5] or sorted(record.checkpoints) == [2, 5, 8]
     whole = record._replace(checkpoints={})
     for epoch in (0, 3, 4, 7):
-        one, other = (replay(each, small_datasets(), epoch, 1, 1, 2, "backward") for each in (record, whole))
-        assert np.allclose(one.w, other.w, rtol=1e-9) and np.allclose(one.dw, other.dw, rtol=1e-6) and one.message == other.message
+        one, other = (
+            replay(each, small_datasets(), epoch, 1, 1, 2, "backward")
+            for each in (record, whole)
+        )
+        assert (
+            np.allclose(one.w, other.w, rtol=1e-9)
+            and np.allclose(one.dw, other.dw, rtol=1e-6)
+            and one.message == other.message
+        )
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -280,64 +495,149 @@ def test_the_explanation_has_the_numbers_in_it(run_folder, small_datasets, direc
     found = replay(read_record(run_folder), small_datasets(), 4, 0, 2, 1, direction)
     text = explain(found)
     i = int(np.argmax(found.a > 0))
-    for number in (found.z[i], found.a[i]) if direction == "forward" else (found.da[i], found.dz[i], np.abs(found.dw).max(), abs(found.db)):
+    for number in (
+        (found.z[i], found.a[i])
+        if direction == "forward"
+        else (found.da[i], found.dz[i], np.abs(found.dw).max(), abs(found.db))
+    ):
         assert f"{number:.6g}" in text
     assert json.loads(json.dumps(as_dict(found)))["neuron"] == 1
 
 
 def test_a_run_is_found_by_its_name(run_folder, tmp_path):
     name = read_record(run_folder).plan.name
-    for run, out in [(name, run_folder), (name, run_folder.parent), (f"{name}~2", run_folder), (str(run_folder), tmp_path), (str(run_folder / "run.json"), tmp_path)]:
+    for run, out in [
+        (name, run_folder),
+        (name, run_folder.parent),
+        (f"{name}~2", run_folder),
+        (str(run_folder), tmp_path),
+        (str(run_folder / "run.json"), tmp_path),
+    ]:
         assert find_record(run, out).plan.name == name
-    with pytest.raises(InputError, match=f"no run of that name in .*which holds {name}"): find_record("another", run_folder)
-    with pytest.raises(InputError, match="which holds no run"): find_record(name, tmp_path)
+    with pytest.raises(InputError, match=f"no run of that name in .*which holds {name}"):
+        find_record("another", run_folder)
+    with pytest.raises(InputError, match="which holds no run"):
+        find_record(name, tmp_path)
 
 
 def test_replay_takes_the_name_of_a_run(snn, run_folder, small_data, cloud, monkeypatch):
-    name, where = read_record(run_folder).plan.name, ["--epoch", 4, "--batch", 1, "--layer", 2, "--neuron", 3]
-    code, said, _ = snn("replay", name, *where, "--out", run_folder, "--data", small_data, "--direction", "backward")
+    name, where = (
+        read_record(run_folder).plan.name,
+        ["--epoch", 4, "--batch", 1, "--layer", 2, "--neuron", 3],
+    )
+    code, said, _ = snn(
+        "replay",
+        name,
+        *where,
+        "--out",
+        run_folder,
+        "--data",
+        small_data,
+        "--direction",
+        "backward",
+    )
     assert code == 0 and f"NeuronLambda {name}/4/1/" in said and "dz = da · g'(z)" in said
     code, said, error = snn("replay", "another", *where, "--out", run_folder)
-    assert code == 2 and error.startswith("another: no such folder, and no run of that name") and not said
-    for variable, value in cloud.environment.items(): monkeypatch.setenv(variable, value)  # the bucket is looked for on this machine
-    code, said, error = snn("replay", name, *where, "--bucket", "no-such-bucket-of-ours", "--region", "mars")
-    assert code == 2 and error.startswith("s3://no-such-bucket-of-ours: ") and "Traceback" not in error
+    assert (
+        code == 2
+        and error.startswith("another: no such folder, and no run of that name")
+        and not said
+    )
+    for variable, value in cloud.environment.items():
+        monkeypatch.setenv(variable, value)  # the bucket is looked for on this machine
+    code, said, error = snn(
+        "replay", name, *where, "--bucket", "no-such-bucket-of-ours", "--region", "mars"
+    )
+    assert (
+        code == 2
+        and error.startswith("s3://no-such-bucket-of-ours: ")
+        and "Traceback" not in error
+    )
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"epoch": 9}, "epoch is 9"), ({"epoch": -1}, "epoch is -1"), ({"batch": 3}, "batch is 3"), ({"layer": 0}, "layer is 0"), ({"layer": 4}, "layer is 4"),
-    ({"neuron": 6}, "neuron is 6"), ({"direction": "up"}, "forward or backward")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"epoch": 9}, "epoch is 9"),
+        ({"epoch": -1}, "epoch is -1"),
+        ({"batch": 3}, "batch is 3"),
+        ({"layer": 0}, "layer is 0"),
+        ({"layer": 4}, "layer is 4"),
+        ({"neuron": 6}, "neuron is 6"),
+        ({"direction": "up"}, "forward or backward"),
+    ],
+)
 def test_an_invocation_that_never_was_is_refused(run_folder, small_datasets, changes, said):
-    with pytest.raises(InputError, match=said): replay(read_record(run_folder), small_datasets(), **{"epoch": 0, "batch": 0, "layer": 1, "neuron": 0, "direction": "forward", **changes})
+    with pytest.raises(InputError, match=said):
+        replay(
+            read_record(run_folder),
+            small_datasets(),
+            **{
+                "epoch": 0,
+                "batch": 0,
+                "layer": 1,
+                "neuron": 0,
+                "direction": "forward",
+                **changes,
+            },
+        )
 
 
 def test_other_data_is_refused(run_folder, small_datasets):
     for other in (small_datasets(seed=1), small_datasets(train=100), small_datasets(size=9)):
-        with pytest.raises(InputError, match="trained on|not the data"): replay(read_record(run_folder), other, 0, 0, 1, 0, "forward")
+        with pytest.raises(InputError, match="trained on|not the data"):
+            replay(read_record(run_folder), other, 0, 0, 1, 0, "forward")
 
 
 def test_a_record_that_is_not_there_or_broken_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no run here"): read_record(tmp_path)
+    with pytest.raises(InputError, match="no run here"):
+        read_record(tmp_path)
     (tmp_path / "run.json").write_text('{"plan": 3}')
-    with pytest.raises(InputError, match="damaged"): read_record(tmp_path)
+    with pytest.raises(InputError, match="damaged"):
+        read_record(tmp_path)
 
 
 # Pipeline
+
 
 @pytest.fixture(scope="module")
 def pipeline(parameters, small_data, tmp_path_factory):
     "A whole pipeline on images of 8x8 pixels: its folder and its news."
     out, news = tmp_path_factory.mktemp("pipeline") / "out", []
-    run_pipeline(Request(parameters(epochs=5, granularity="network"), out, default_notebooks(), small_data, codebook_epochs=2), news.append)
+    run_pipeline(
+        Request(
+            parameters(epochs=5, granularity="network"),
+            out,
+            default_notebooks(),
+            small_data,
+            codebook_epochs=2,
+        ),
+        news.append,
+    )
     return out, news
 
 
 @pytest.mark.timeout(600)
 def test_a_pipeline_leaves_notebooks_model_and_report(pipeline):
     out, news = pipeline
-    assert [event.stage for event in news if event.seconds is not None] == ["data", "Codebook", "training", "Analysis", "report"]
-    for name in ("Codebook.ipynb", "Analysis.ipynb", "report.html", "codebook/params.h5", "training/params.h5", "training/results.json"): assert (out / name).is_file(), name
-    for name in ("Codebook", "Analysis"): check_outputs(out / f"{name}.ipynb")
+    assert [event.stage for event in news if event.seconds is not None] == [
+        "data",
+        "Codebook",
+        "training",
+        "Analysis",
+        "report",
+    ]
+    for name in (
+        "Codebook.ipynb",
+        "Analysis.ipynb",
+        "report.html",
+        "codebook/params.h5",
+        "training/params.h5",
+        "training/results.json",
+    ):
+        assert (out / name).is_file(), name
+    for name in ("Codebook", "Analysis"):
+        check_outputs(out / f"{name}.ipynb")
     assert any(event.training for event in news)
 
 
@@ -345,20 +645,30 @@ def test_a_pipeline_leaves_notebooks_model_and_report(pipeline):
 def test_the_report_needs_nothing_from_elsewhere_and_describes_its_pictures(pipeline):
     page = (pipeline[0] / "report.html").read_text()
     assert not re.search(r"<script|<link[^>]+href=.http|src=.http|@import", page)
-    assert "Traceback" not in page and "jp-OutputArea-error" not in re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL)
+    assert "Traceback" not in page and "jp-OutputArea-error" not in re.sub(
+        r"<style.*?</style>", "", page, flags=re.DOTALL
+    )
     pictures = re.findall(r"<img\b[^>]*>", page)
-    assert len(pictures) >= 10 and all(re.search(r'alt="[^"]+', picture) and "No description" not in picture for picture in pictures)
+    assert len(pictures) >= 10 and all(
+        re.search(r'alt="[^"]+', picture) and "No description" not in picture
+        for picture in pictures
+    )
     links = re.findall(r'<a href="#([^"]+)">', page)
     assert "Codebook" in links and "Analysis" in links and "1-The-training" in links
-    assert all(f'id="{urllib.parse.unquote(link)}"' in urllib.parse.unquote(page) for link in links)
+    assert all(
+        f'id="{urllib.parse.unquote(link)}"' in urllib.parse.unquote(page) for link in links
+    )
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("width", [1280, 700])
 def test_the_report_as_a_browser_draws_it(pipeline, width, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'snn[test]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install 'snn[test]'"
+    )
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium: pytest.skip("Chromium is not installed: apt-get install chromium")
+    if not chromium:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
     said, asked = [], []
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -366,7 +676,9 @@ def test_the_report_as_a_browser_draws_it(pipeline, width, tmp_path):
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: asked.append(request.url))
         page.goto((pipeline[0] / "report.html").as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "it can be read without scrolling sideways"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            "it can be read without scrolling sideways"
+        )
         assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
         cut = page.evaluate("""[...document.querySelectorAll('pre, table, img, h1, h2, h3, p')]
             .filter(part => part.getBoundingClientRect().width && (part.scrollWidth > part.clientWidth + 2 && part.tagName != 'TABLE' || part.getBoundingClientRect().right > innerWidth))
@@ -381,94 +693,226 @@ def test_the_report_as_a_browser_draws_it(pipeline, width, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_stage_that_fails_is_named_and_what_was_made_is_kept(pipeline, parameters, small_data, tmp_path):
+def test_a_stage_that_fails_is_named_and_what_was_made_is_kept(
+    pipeline, parameters, small_data, tmp_path
+):
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
-    cells = lambda *sources: nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    cells = lambda *sources: nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in sources]
+    )
     nbformat.write(cells("print('fine')"), notebooks / "Codebook.ipynb")
     nbformat.write(cells("x = {}", "x['the key']"), notebooks / "Analysis.ipynb")
     out = tmp_path / "out"
     with pytest.raises(StageFailed) as failed:
-        run_pipeline(Request(parameters((3, 1), epochs=2, granularity="network"), out, notebooks, small_data))
+        run_pipeline(
+            Request(
+                parameters((3, 1), epochs=2, granularity="network"), out, notebooks, small_data
+            )
+        )
     said = str(failed.value)
-    assert "stage Analysis failed" in said and "KeyError" in said and "the key" in said and "data, Codebook, training" in said
-    assert (out / "Codebook.ipynb").is_file() and (out / "training" / "params.h5").is_file() and not (out / "report.html").exists()
+    assert (
+        "stage Analysis failed" in said
+        and "KeyError" in said
+        and "the key" in said
+        and "data, Codebook, training" in said
+    )
+    assert (
+        (out / "Codebook.ipynb").is_file()
+        and (out / "training" / "params.h5").is_file()
+        and not (out / "report.html").exists()
+    )
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"notebooks": Path("nowhere")}, "has no Codebook.ipynb"), ({"datasets": Path("nowhere.h5")}, "no such file"), ({"unseen": Path("nowhere")}, "no such folder"),
-    ({"codebook_epochs": 0}, "1 or more"), ({"out": Path(__file__)}, "is a file")])
-def test_what_is_wrong_is_found_before_the_first_stage(parameters, small_data, tmp_path, changes, said):
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"notebooks": Path("nowhere")}, "has no Codebook.ipynb"),
+        ({"datasets": Path("nowhere.h5")}, "no such file"),
+        ({"unseen": Path("nowhere")}, "no such folder"),
+        ({"codebook_epochs": 0}, "1 or more"),
+        ({"out": Path(__file__)}, "is a file"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_stage(
+    parameters, small_data, tmp_path, changes, said
+):
     news = []
-    with pytest.raises(InputError, match=said): run_pipeline(Request(parameters(), tmp_path / "out", default_notebooks(), small_data)._replace(**changes), news.append)
+    with pytest.raises(InputError, match=said):
+        run_pipeline(
+            Request(parameters(), tmp_path / "out", default_notebooks(), small_data)._replace(
+                **changes
+            ),
+            news.append,
+        )
     assert news == [] and not (tmp_path / "out").exists()
 
 
-def test_a_run_that_fails_in_the_cloud_ends_the_waiting_and_can_be_looked_into(cloud, parameters, small_datasets, small_data, tmp_path, snn, monkeypatch):
+def test_a_run_that_fails_in_the_cloud_ends_the_waiting_and_can_be_looked_into(
+    cloud, parameters, small_datasets, small_data, tmp_path, snn, monkeypatch
+):
     wild = parameters((5, 1), epochs=50, granularity="layer", learning_rate=1e308)
-    with pytest.raises(RuntimeError, match=r"Run \w+ failed after \d+ epochs: .*infinite or not a number.*snn resume \w+ --bucket") as failed:
-        train_in_cloud(wild, small_data, tmp_path / "fetched", cloud.bucket, every=.1, soon=60)
+    with pytest.raises(
+        RuntimeError,
+        match=r"Run \w+ failed after \d+ epochs: .*infinite or not a number.*snn resume \w+ --bucket",
+    ) as failed:
+        train_in_cloud(
+            wild, small_data, tmp_path / "fetched", cloud.bucket, every=0.1, soon=60
+        )
     assert not (tmp_path / "fetched").exists()
 
     run = re.search(r"Run (\w+)", str(failed.value)).group(1)
     record = record_in_bucket(cloud.bucket, run)
     last = record.epochs - 1  # the one in which it failed
-    found = replay_on(record, *images_in_bucket(record, cloud.bucket), last, 0, 1, 0, "backward")
+    found = replay_on(
+        record, *images_in_bucket(record, cloud.bucket), last, 0, 1, 0, "backward"
+    )
     assert found.message.id.startswith(f"{run}/{last}/0/NeuronLambda/backward")
 
-    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
-    code, said, _ = snn("replay", run, "--epoch", 0, "--batch", 0, "--layer", 1, "--neuron", 2, "--bucket", cloud.bucket_name, "--region", "us-east-1")
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
+    code, said, _ = snn(
+        "replay",
+        run,
+        "--epoch",
+        0,
+        "--batch",
+        0,
+        "--layer",
+        1,
+        "--neuron",
+        2,
+        "--bucket",
+        cloud.bucket_name,
+        "--region",
+        "us-east-1",
+    )
     assert code == 0 and f"NeuronLambda {run}/0/0/NeuronLambda/forward/1/0" in said
-    code, said, error = snn("replay", "another", "--epoch", 0, "--batch", 0, "--layer", 1, "--neuron", 2, "--bucket", cloud.bucket_name, "--region", "us-east-1")
+    code, said, error = snn(
+        "replay",
+        "another",
+        "--epoch",
+        0,
+        "--batch",
+        0,
+        "--layer",
+        1,
+        "--neuron",
+        2,
+        "--bucket",
+        cloud.bucket_name,
+        "--region",
+        "us-east-1",
+    )
     assert code == 2 and "no run another has ended here" in error and run in error
 
 
 def test_a_run_that_never_begins_is_not_waited_for(parameters, small_data, tmp_path):
     with local_aws() as aws:
         aws.client("s3").create_bucket(Bucket="quiet")
-        with pytest.raises(RuntimeError, match="started no run within 0.2 s. Does a stack listen"):
-            train_in_cloud(parameters(), small_data, tmp_path, Bucket(aws.client("s3"), "quiet"), every=.05, soon=.2)
+        with pytest.raises(
+            RuntimeError, match="started no run within 0.2 s. Does a stack listen"
+        ):
+            train_in_cloud(
+                parameters(),
+                small_data,
+                tmp_path,
+                Bucket(aws.client("s3"), "quiet"),
+                every=0.05,
+                soon=0.2,
+            )
 
 
-def test_a_bucket_that_is_not_there_is_found_before_the_first_stage(cloud, parameters, small_data, tmp_path, monkeypatch):
-    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+def test_a_bucket_that_is_not_there_is_found_before_the_first_stage(
+    cloud, parameters, small_data, tmp_path, monkeypatch
+):
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
     news = []
     with pytest.raises(InputError, match="s3://nowhere: there is no such bucket"):
-        run_pipeline(Request(parameters(), tmp_path / "out", default_notebooks(), small_data, bucket="nowhere", region="us-east-1"), news.append)
+        run_pipeline(
+            Request(
+                parameters(),
+                tmp_path / "out",
+                default_notebooks(),
+                small_data,
+                bucket="nowhere",
+                region="us-east-1",
+            ),
+            news.append,
+        )
     assert news == []
 
 
 @pytest.mark.timeout(600)
-def test_the_analysis_reads_a_bucket_and_takes_pictures_of_every_kind(cloud, parameters, small_data, tmp_path, monkeypatch):
-    for name, value in cloud.environment.items(): monkeypatch.setenv(name, value)
+def test_the_analysis_reads_a_bucket_and_takes_pictures_of_every_kind(
+    cloud, parameters, small_data, tmp_path, monkeypatch
+):
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
     chosen = parameters(epochs=3, granularity="network", checkpoint_every=1)
-    train_in_cloud(chosen, small_data, tmp_path / "fetched", cloud.bucket, every=.1)
-    assert (tmp_path / "fetched" / "run.json").is_file() and sorted(read_record(tmp_path / "fetched").checkpoints) == [0, 1]
-    found = replay(read_record(tmp_path / "fetched"), data.read(small_data), 2, 1, 2, 3, "backward")
+    train_in_cloud(chosen, small_data, tmp_path / "fetched", cloud.bucket, every=0.1)
+    assert (tmp_path / "fetched" / "run.json").is_file() and sorted(
+        read_record(tmp_path / "fetched").checkpoints
+    ) == [0, 1]
+    found = replay(
+        read_record(tmp_path / "fetched"), data.read(small_data), 2, 1, 2, 3, "backward"
+    )
     there = record_in_bucket(cloud.bucket, found.plan.run)
-    assert as_dict(replay_on(there, *images_in_bucket(there, cloud.bucket), 2, 1, 2, 3, "backward")) == as_dict(found)
+    assert as_dict(
+        replay_on(there, *images_in_bucket(there, cloud.bucket), 2, 1, 2, 3, "backward")
+    ) == as_dict(found)
 
     unseen = tmp_path / "unseen"
     unseen.mkdir()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
-    for kind, name in [("L", "grey.png"), ("RGBA", "rgba.png"), ("CMYK", "cmyk.jpeg"), ("P", "palette.gif"), ("1", "ink.png")]: picture.convert(kind).save(unseen / name)
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    )
+    for kind, name in [
+        ("L", "grey.png"),
+        ("RGBA", "rgba.png"),
+        ("CMYK", "cmyk.jpeg"),
+        ("P", "palette.gif"),
+        ("1", "ink.png"),
+    ]:
+        picture.convert(kind).save(unseen / name)
     (unseen / "broken.jpeg").write_bytes(b"not a picture")
-    for name, size in [("upright.jpeg", (300, 400)), ("wide.jpeg", (900, 200))]: picture.resize(size).save(unseen / name)
-    ran = run_notebook(default_notebooks() / "Analysis.ipynb", tmp_path / "Analysis.ipynb", {"bucket": cloud.bucket_name, "region": "us-east-1", "unseen": str(unseen)})
+    for name, size in [("upright.jpeg", (300, 400)), ("wide.jpeg", (900, 200))]:
+        picture.resize(size).save(unseen / name)
+    ran = run_notebook(
+        default_notebooks() / "Analysis.ipynb",
+        tmp_path / "Analysis.ipynb",
+        {"bucket": cloud.bucket_name, "region": "us-east-1", "unseen": str(unseen)},
+    )
     check_outputs(ran)
     said = said_in(ran)
     assert "broken.jpeg: not an image" in said
-    assert "all 3 epochs are done" in said and "of all test sets of 42" in said, "the data is the run's own, out of the bucket"
+    assert "all 3 epochs are done" in said and "of all test sets of 42" in said, (
+        "the data is the run's own, out of the bucket"
+    )
     for path in unseen.iterdir():
-        if path.stem != "broken": assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said), path.name
+        if path.stem != "broken":
+            assert re.search(rf"\| {path.stem} \| (non-)?cat \| [\d.]+% \|", said), path.name
 
 
 @pytest.mark.timeout(600)
 def test_the_codebook_runs_in_a_bucket_that_is_there(cloud, small_data, tmp_path, monkeypatch):
     for name, value in cloud.environment.items():
-        if name != "SNN_REDIS_URL": monkeypatch.setenv(name, value)
+        if name != "SNN_REDIS_URL":
+            monkeypatch.setenv(name, value)
     before = set(cloud.services.runs.names())
-    ran = run_notebook(default_notebooks() / "Codebook.ipynb", tmp_path / "Codebook.ipynb", {"bucket": cloud.bucket_name, "region": "us-east-1", "data": str(small_data), "epochs": 2})
+    ran = run_notebook(
+        default_notebooks() / "Codebook.ipynb",
+        tmp_path / "Codebook.ipynb",
+        {
+            "bucket": cloud.bucket_name,
+            "region": "us-east-1",
+            "data": str(small_data),
+            "epochs": 2,
+        },
+    )
     check_outputs(ran)
     assert "prediction_input/params.h5" in cloud.bucket.keys("prediction_input/")
-    assert set(cloud.services.runs.names()) == before, "the stack must not start a run of its own"
+    assert set(cloud.services.runs.names()) == before, (
+        "the stack must not start a run of its own"
+    )

@@ -1,4 +1,5 @@
 """What strangers bring: data sets in several files, pictures with odd notes, names of any kind. Handled as they are meant, or refused with one sentence."""
+
 import io
 import json
 import os
@@ -17,23 +18,37 @@ from snn.cli.console import shown
 from snn.maths import data, model, network, photographs
 from snn.maths.parameters import InputError, from_dict
 
-VALUES = {"epochs": 2, "layers": 2, "neurons": {"layer1": 3, "layer2": 1}, "activations": {"layer1": "relu", "layer2": "sigmoid"},
-          "learning_rate": .01, "batch_size": 8, "threshold": 0, "granularity": "layer"}
+VALUES = {
+    "epochs": 2,
+    "layers": 2,
+    "neurons": {"layer1": 3, "layer2": 1},
+    "activations": {"layer1": "relu", "layer2": "sigmoid"},
+    "learning_rate": 0.01,
+    "batch_size": 8,
+    "threshold": 0,
+    "granularity": "layer",
+}
 
 
 def arrays(size: int = 8, train: int = 24, test: int = 8) -> dict[str, np.ndarray]:
     "What a datasets.h5 holds."
     rng = np.random.default_rng(1)
     images = lambda m: rng.integers(0, 256, (m, size, size, 3)).astype(np.uint8)
-    return {"train_set_x": images(train), "train_set_y": np.arange(train) % 2, "test_set_x": images(test), "test_set_y": np.arange(test) % 2,
-            "list_classes": np.array([b"non-cat", b"cat"])}
+    return {
+        "train_set_x": images(train),
+        "train_set_y": np.arange(train) % 2,
+        "test_set_x": images(test),
+        "test_set_y": np.arange(test) % 2,
+        "list_classes": np.array([b"non-cat", b"cat"]),
+    }
 
 
 def saved(path, **changes):
     "A plain file of these arrays; without those that are None."
     with h5py.File(path, "w") as file:
         for name, values in {**arrays(), **changes}.items():
-            if values is not None: file[name] = values
+            if values is not None:
+                file[name] = values
     return path
 
 
@@ -42,10 +57,14 @@ def virtual(folder):
     whole, path = arrays(), folder / "virtual.h5"
     layout = h5py.VirtualLayout((24, 8, 8, 3), np.uint8)
     for number in (0, 1):
-        with h5py.File(folder / f"images-{number}.h5", "w") as file: file["x"] = whole["train_set_x"][12 * number:12 * number + 12]
-        layout[12 * number:12 * number + 12] = h5py.VirtualSource(f"images-{number}.h5", "x", (12, 8, 8, 3))
+        with h5py.File(folder / f"images-{number}.h5", "w") as file:
+            file["x"] = whole["train_set_x"][12 * number : 12 * number + 12]
+        layout[12 * number : 12 * number + 12] = h5py.VirtualSource(
+            f"images-{number}.h5", "x", (12, 8, 8, 3)
+        )
     saved(path, train_set_x=None)
-    with h5py.File(path, "r+", libver="latest") as file: file.create_virtual_dataset("train_set_x", layout, fillvalue=0)
+    with h5py.File(path, "r+", libver="latest") as file:
+        file.create_virtual_dataset("train_set_x", layout, fillvalue=0)
     return path, "images-1.h5"
 
 
@@ -53,7 +72,8 @@ def linked(folder):
     "Every array in another file."
     saved(folder / "part.h5")
     with h5py.File(folder / "links.h5", "w") as file:
-        for name in data.NAMES: file[name] = h5py.ExternalLink("part.h5", name)
+        for name in data.NAMES:
+            file[name] = h5py.ExternalLink("part.h5", name)
     return folder / "links.h5", "part.h5"
 
 
@@ -62,7 +82,13 @@ def raw(folder):
     whole, path = arrays(), folder / "raw.h5"
     (folder / "images.raw").write_bytes(whole["train_set_x"].tobytes())
     saved(path, train_set_x=None)
-    with h5py.File(path, "r+") as file: file.create_dataset("train_set_x", (24, 8, 8, 3), np.uint8, external=[("images.raw", 0, h5py.h5f.UNLIMITED)])
+    with h5py.File(path, "r+") as file:
+        file.create_dataset(
+            "train_set_x",
+            (24, 8, 8, 3),
+            np.uint8,
+            external=[("images.raw", 0, h5py.h5f.UNLIMITED)],
+        )
     return path, "images.raw"
 
 
@@ -74,7 +100,8 @@ def test_a_data_set_that_leads_to_other_files_is_sent_whole(kind, tmp_path, monk
     (tmp_path / "elsewhere").mkdir(), monkeypatch.chdir(tmp_path / "elsewhere")
     path, _ = LEADING[kind](tmp_path)
     (tmp_path / "copy.h5").write_bytes(data.content(path))
-    for got, right in zip(data.read(tmp_path / "copy.h5", alone=True)[:4], arrays().values()): assert (got == right).all()
+    for got, right in zip(data.read(tmp_path / "copy.h5", alone=True)[:4], arrays().values()):
+        assert (got == right).all()
 
 
 @pytest.mark.parametrize("kind", LEADING)
@@ -82,110 +109,206 @@ def test_a_missing_source_is_named(kind, snn, tmp_path):
     path, source = LEADING[kind](tmp_path)
     (tmp_path / source).unlink()
     code, said, error = snn("data", "info", path)
-    assert (code, said) == (2, "") and str(path) in error and source in error and "not there" in error
+    assert (
+        (code, said) == (2, "")
+        and str(path) in error
+        and source in error
+        and "not there" in error
+    )
 
 
 @pytest.mark.parametrize("kind", LEADING)
 def test_what_travels_alone_may_not_lead_elsewhere(kind, tmp_path):
     path, _ = LEADING[kind](tmp_path)
-    with pytest.raises(InputError, match="leads to another file, which has not come along"): data.read(path, "s3://b/x.h5", alone=True)
+    with pytest.raises(InputError, match="leads to another file, which has not come along"):
+        data.read(path, "s3://b/x.h5", alone=True)
 
 
 def test_plain_virtual_and_two_files_train_to_the_same_bytes(snn, tmp_path):
     (tmp_path / "parameters.json").write_text(json.dumps(VALUES))
     saved(tmp_path / "plain.h5")
-    saved(tmp_path / "train.h5", test_set_x=None, test_set_y=None), saved(tmp_path / "test.h5", train_set_x=None, train_set_y=None)
+    (
+        saved(tmp_path / "train.h5", test_set_x=None, test_set_y=None),
+        saved(tmp_path / "test.h5", train_set_x=None, train_set_y=None),
+    )
     made = []
-    for number, given_data in enumerate([[tmp_path / "plain.h5"], [virtual(tmp_path)[0]], [tmp_path / "train.h5", "--test", tmp_path / "test.h5"]]):
+    for number, given_data in enumerate(
+        [
+            [tmp_path / "plain.h5"],
+            [virtual(tmp_path)[0]],
+            [tmp_path / "train.h5", "--test", tmp_path / "test.h5"],
+        ]
+    ):
         out = tmp_path / f"out [v{number}]"
-        code, _, error = snn("train", "--data", *given_data, "--parameters", tmp_path / "parameters.json", "--quiet", "--out", out)
+        code, _, error = snn(
+            "train",
+            "--data",
+            *given_data,
+            "--parameters",
+            tmp_path / "parameters.json",
+            "--quiet",
+            "--out",
+            out,
+        )
         assert code == 0, error
         made.append((out / "params.h5").read_bytes())
     assert made[0] == made[1] == made[2]
-    code, said, error = snn("evaluate", "--json", "--model", tmp_path / "out [v0]" / "params.h5", "--data", tmp_path / "test.h5")
+    code, said, error = snn(
+        "evaluate",
+        "--json",
+        "--model",
+        tmp_path / "out [v0]" / "params.h5",
+        "--data",
+        tmp_path / "test.h5",
+    )
     assert code == 0 and json.loads(said)["images"] == 8, error
 
 
 def test_two_files_are_joined_and_checked(snn, tmp_path):
-    train, test = saved(tmp_path / "train.h5", test_set_x=None, test_set_y=None), saved(tmp_path / "test.h5", train_set_x=None, train_set_y=None)
+    train, test = (
+        saved(tmp_path / "train.h5", test_set_x=None, test_set_y=None),
+        saved(tmp_path / "test.h5", train_set_x=None, train_set_y=None),
+    )
     assert snn("data", "join", train, test, "--out", tmp_path / "both.h5")[0] == 0
     assert (data.read(tmp_path / "both.h5").test_x == arrays()["test_set_x"]).all()
     assert "nothing is wrong" in snn("data", "check", train, test)[1]
     saved(tmp_path / "same.h5", test_set_x=arrays()["train_set_x"][:8])
-    assert "8 of the test images are also among the training images" in snn("data", "check", tmp_path / "same.h5")[1]
-    saved(tmp_path / "odd.h5", train_set_x=arrays()["train_set_x"][:, :4], train_set_y=np.ones(3, int), list_classes=[b"cat", b"cat"])
+    assert (
+        "8 of the test images are also among the training images"
+        in snn("data", "check", tmp_path / "same.h5")[1]
+    )
+    saved(
+        tmp_path / "odd.h5",
+        train_set_x=arrays()["train_set_x"][:, :4],
+        train_set_y=np.ones(3, int),
+        list_classes=[b"cat", b"cat"],
+    )
     code, _, error = snn("data", "check", tmp_path / "odd.h5")
-    assert code == 2 and all(word in error for word in ("4x8 pixels", "3 labels for 24", "both classes cat")), error
+    assert code == 2 and all(
+        word in error for word in ("4x8 pixels", "3 labels for 24", "both classes cat")
+    ), error
 
 
 def test_a_filter_that_is_missing_is_named(snn, tmp_path):
     whole = arrays()
     with h5py.File(tmp_path / "packed.h5", "w") as file:
         made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        made.set_chunk(whole["train_set_x"].shape), made.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2,))
-        h5py.h5d.create(file.id, b"train_set_x", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple(whole["train_set_x"].shape), made)
-        for name in data.NAMES[1:]: file[name] = whole[name]
+        (
+            made.set_chunk(whole["train_set_x"].shape),
+            made.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2,)),
+        )
+        h5py.h5d.create(
+            file.id,
+            b"train_set_x",
+            h5py.h5t.NATIVE_UINT8,
+            h5py.h5s.create_simple(whole["train_set_x"].shape),
+            made,
+        )
+        for name in data.NAMES[1:]:
+            file[name] = whole[name]
     code, _, error = snn("data", "info", tmp_path / "packed.h5")
     assert code == 2 and "filter number 32001" in error
 
 
 # Class names
 
+
 @pytest.mark.parametrize("names", [[b"cat", b"cat"], [b"", b"cat"], [b" ", b"cat"]])
 def test_class_names_must_tell_the_classes_apart(names, tmp_path):
-    with pytest.raises(InputError, match="list_classes"): data.read(saved(tmp_path / "x.h5", list_classes=names))
+    with pytest.raises(InputError, match="list_classes"):
+        data.read(saved(tmp_path / "x.h5", list_classes=names))
 
 
-@pytest.mark.parametrize("names", [("images", "cat"), ("[/no]", "[/cat]"), (":cat:", "$x$"), ("猫", "\t")])
+@pytest.mark.parametrize(
+    "names", [("images", "cat"), ("[/no]", "[/cat]"), (":cat:", "$x$"), ("猫", "\t")]
+)
 def test_counts_and_names_of_any_class(names, snn, tmp_path):
-    if names[1].isspace(): names = (names[0], "a\tb")
+    if names[1].isspace():
+        names = (names[0], "a\tb")
     path = saved(tmp_path / "x.h5", list_classes=[name.encode() for name in names])
-    facts, said = json.loads(snn("data", "info", "--json", path)[1]), snn("data", "info", path)[1]
-    assert facts["counts"]["training"] == [12, 12] and facts["training"]["images"] == 24 and facts["classes"] == list(names)
+    facts, said = (
+        json.loads(snn("data", "info", "--json", path)[1]),
+        snn("data", "info", path)[1],
+    )
+    assert (
+        facts["counts"]["training"] == [12, 12]
+        and facts["training"]["images"] == 24
+        and facts["classes"] == list(names)
+    )
     assert "24 images" in said and all(shown(name) in said for name in names)
 
 
 def test_class_names_as_matlab_writes_them(tmp_path):
     path = saved(tmp_path / "x.h5", list_classes=None)
     with h5py.File(path, "r+") as file:
-        for name in ("non-cat", "cat"): file[f"#refs#/{name}"] = np.array([[ord(c)] for c in name], np.uint16)
-        file["list_classes"] = np.array([[file["#refs#/non-cat"].ref, file["#refs#/cat"].ref]], dtype=h5py.ref_dtype)
+        for name in ("non-cat", "cat"):
+            file[f"#refs#/{name}"] = np.array([[ord(c)] for c in name], np.uint16)
+        file["list_classes"] = np.array(
+            [[file["#refs#/non-cat"].ref, file["#refs#/cat"].ref]], dtype=h5py.ref_dtype
+        )
     assert data.read(path).classes == ("non-cat", "cat")
 
 
 # Pictures
 
+
 def scene(width=60, height=40) -> Image.Image:
     "A picture of which each corner is another."
     pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, width)[None], np.linspace(0, 255, height)[:, None]
+    pixels[..., 0], pixels[..., 1] = (
+        np.linspace(0, 255, width)[None],
+        np.linspace(0, 255, height)[:, None],
+    )
     return Image.fromarray(pixels)
 
 
 def exif(*entries) -> bytes:
     "EXIF of these (tag, type, count, four bytes)."
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    return (
+        b"II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+        + bytes(4)
+    )
 
 
-ODD = {"beyond the file": (0x11a, 5, 1, b"\xff\xff\xff\x7f"), "of no type": (0x10f, 99, 1, b"abcd"), "a text for a number": (0x11b, 2, 4, b"abc\0"),
-       "a number for a folder": (0x8769, 4, 1, b"\xff\xff\0\0"), "of four billion": (0x131, 2, 2**32 - 1, b"\x08\0\0\0")}
+ODD = {
+    "beyond the file": (0x11A, 5, 1, b"\xff\xff\xff\x7f"),
+    "of no type": (0x10F, 99, 1, b"abcd"),
+    "a text for a number": (0x11B, 2, 4, b"abc\0"),
+    "a number for a folder": (0x8769, 4, 1, b"\xff\xff\0\0"),
+    "of four billion": (0x131, 2, 2**32 - 1, b"\x08\0\0\0"),
+}
+
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_note_does_not_change_the_picture(kind, odd, tmp_path):
-    turned, right, name = scene().transpose(Image.Transpose.ROTATE_90), tmp_path / "right", tmp_path / "odd"
+    turned, right, name = (
+        scene().transpose(Image.Transpose.ROTATE_90),
+        tmp_path / "right",
+        tmp_path / "odd",
+    )
     turn = (0x112, 3, 1, b"\x06\0\0\0")
     if kind == "TIFF":
-        tags = {0x112: 6, 0x13b: "somebody"}
+        tags = {0x112: 6, 0x13B: "somebody"}
         turned.save(right, kind, tiffinfo={0x112: 6}), turned.save(name, kind, tiffinfo=tags)
         content = bytearray(name.read_bytes())
         (start,) = struct.unpack_from("<I", content, 4)
         for i in range(*struct.unpack_from("<H", content, start)):
-            if content[start + 2 + 12 * i:start + 4 + 12 * i] == b"\x3b\x01": content[start + 2 + 12 * i:start + 14 + 12 * i] = struct.pack("<HHI4s", 0x13b, *ODD[odd][1:])
+            if content[start + 2 + 12 * i : start + 4 + 12 * i] == b"\x3b\x01":
+                content[start + 2 + 12 * i : start + 14 + 12 * i] = struct.pack(
+                    "<HHI4s", 0x13B, *ODD[odd][1:]
+                )
         name.write_bytes(content)
     else:
         for path, entries in ((right, [turn]), (name, [turn, ODD[odd]])):
-            turned.save(path, kind, quality=95, exif=(b"Exif\0\0" if kind != "PNG" else b"") + exif(*entries))
+            turned.save(
+                path,
+                kind,
+                quality=95,
+                exif=(b"Exif\0\0" if kind != "PNG" else b"") + exif(*entries),
+            )
     assert (photographs.read_photograph(name) == photographs.read_photograph(right)).all()
 
 
@@ -196,71 +319,144 @@ def test_junk_long_texts_and_profiles_do_not_hide_a_png(tmp_path):
     assert (photographs.read_photograph(tmp_path / "note.png") == right).all()
 
 
-@pytest.mark.parametrize("error", [RuntimeError, struct.error, KeyError, AttributeError, ZeroDivisionError, MemoryError])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, struct.error, KeyError, AttributeError, ZeroDivisionError, MemoryError],
+)
 def test_whatever_a_decoder_raises_is_a_sentence(error, monkeypatch, tmp_path):
-    def fail(image): raise error("within the decoder")
+    def fail(image):
+        raise error("within the decoder")
+
     scene().save(tmp_path / "a.png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
-    with pytest.raises(InputError, match="a.png: not an image, or a damaged one"): photographs.read_photograph(tmp_path / "a.png")
+    with pytest.raises(InputError, match="a.png: not an image, or a damaged one"):
+        photographs.read_photograph(tmp_path / "a.png")
 
 
 def test_twelve_bits_in_sixteen_are_as_bright_as_the_file_says(tmp_path):
-    Image.fromarray(np.full((9, 9), 2048, np.uint16)).save(tmp_path / "a.tiff", tiffinfo={281: 4095})
+    Image.fromarray(np.full((9, 9), 2048, np.uint16)).save(
+        tmp_path / "a.tiff", tiffinfo={281: 4095}
+    )
     assert abs(photographs.read_photograph(tmp_path / "a.tiff").astype(int) - 128).max() <= 1
 
 
 # Folders
+
 
 @pytest.fixture
 def folders(tmp_path):
     "Two folders of six pictures, and how to pack them."
     for number, name in enumerate(("cats", "others")):
         (tmp_path / name).mkdir()
-        for n in range(6): scene().rotate(30 * number + 7 * n).save(tmp_path / name / f"{n}.png")
-    return ["data", "pack", "--cat", tmp_path / "cats", "--non-cat", tmp_path / "others", "--size", 16, "--out", tmp_path / "new.h5"]
+        for n in range(6):
+            scene().rotate(30 * number + 7 * n).save(tmp_path / name / f"{n}.png")
+    return [
+        "data",
+        "pack",
+        "--cat",
+        tmp_path / "cats",
+        "--non-cat",
+        tmp_path / "others",
+        "--size",
+        16,
+        "--out",
+        tmp_path / "new.h5",
+    ]
 
 
 def test_what_is_left_out_of_a_data_set_is_told(snn, folders, tmp_path):
     cats = tmp_path / "cats"
-    for name in ("Thumbs.db", "desktop.ini", "README.md", ".hidden", "Icon\r"): (cats / name).write_bytes(b"x")
-    (cats / "more").mkdir(), scene().save(cats / "more" / "a.png"), (cats / "gone.png").symlink_to("/nowhere/gone.png")
+    for name in ("Thumbs.db", "desktop.ini", "README.md", ".hidden", "Icon\r"):
+        (cats / name).write_bytes(b"x")
+    (
+        (cats / "more").mkdir(),
+        scene().save(cats / "more" / "a.png"),
+        (cats / "gone.png").symlink_to("/nowhere/gone.png"),
+    )
     code, said, error = snn(*folders)
-    assert code == 0 and "5 skipped that are no pictures" in error and "1 files left out that lie in folders below it: more" in error
+    assert (
+        code == 0
+        and "5 skipped that are no pictures" in error
+        and "1 files left out that lie in folders below it: more" in error
+    )
     assert "1 left out that are links to files which are not there: gone.png" in error
 
 
 def test_copies_of_a_picture_are_on_one_side(snn, folders, tmp_path):
-    for n in range(6): (tmp_path / "cats" / f"{n} (copy).png").write_bytes((tmp_path / "cats" / f"{n}.png").read_bytes())
+    for n in range(6):
+        (tmp_path / "cats" / f"{n} (copy).png").write_bytes(
+            (tmp_path / "cats" / f"{n}.png").read_bytes()
+        )
     code, said, error = snn(*folders)
     found = data.read(tmp_path / "new.h5")
-    assert code == 0 and "6 images are there twice" in error and data.doubles(found) == 0 and len(found.train_x) + len(found.test_x) == 18
+    assert (
+        code == 0
+        and "6 images are there twice" in error
+        and data.doubles(found) == 0
+        and len(found.train_x) + len(found.test_x) == 18
+    )
 
 
 def test_a_picture_or_a_folder_of_both_classes_is_refused(snn, folders, tmp_path):
     scene().save(tmp_path / "others" / "again.png")
     code, _, error = snn(*folders)
-    assert code == 2 and "0.png" in error and "again.png" in error and "the same image" in error
+    assert (
+        code == 2 and "0.png" in error and "again.png" in error and "the same image" in error
+    )
     folders[5] = tmp_path / "others" / ".." / "cats"
     assert snn(*folders)[0] == 2 and not (tmp_path / "new.h5").exists()
 
 
 # Runs that can't come to their end
 
-@pytest.mark.parametrize("changes, words", [({"validation_fraction": .01}, "holds back no image of 24"), ({"neurons": {"layer1": 10**9, "layer2": 1}}, "TiB of memory"),
-                                            ({"neurons": {"layer1": 10**5, "layer2": 1}}, "in one piece")])
-def test_a_run_that_would_fail_is_refused_before_it_starts(changes, words, snn, tmp_path, monkeypatch):
-    monkeypatch.setattr("snn.local.training.train", lambda *_, **__: pytest.fail("the training began"))
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"validation_fraction": 0.01}, "holds back no image of 24"),
+        ({"neurons": {"layer1": 10**9, "layer2": 1}}, "TiB of memory"),
+        ({"neurons": {"layer1": 10**5, "layer2": 1}}, "in one piece"),
+    ],
+)
+def test_a_run_that_would_fail_is_refused_before_it_starts(
+    changes, words, snn, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "snn.local.training.train", lambda *_, **__: pytest.fail("the training began")
+    )
     monkeypatch.setattr("snn.cloud.messages.memory_here", lambda: 2**35)
-    saved(tmp_path / "d.h5", **{name: np.zeros((len(values), 64, 64, 3), np.uint8) for name, values in arrays().items() if name.endswith("x")})
+    saved(
+        tmp_path / "d.h5",
+        **{
+            name: np.zeros((len(values), 64, 64, 3), np.uint8)
+            for name, values in arrays().items()
+            if name.endswith("x")
+        },
+    )
     (tmp_path / "p.json").write_text(json.dumps({**VALUES, **changes}))
-    code, _, error = snn("train", "--data", tmp_path / "d.h5", "--parameters", tmp_path / "p.json", "--quiet", "--out", tmp_path / "out")
-    assert code == 2 and words in error and str(tmp_path / "p.json") in error and not (tmp_path / "out").exists()
+    code, _, error = snn(
+        "train",
+        "--data",
+        tmp_path / "d.h5",
+        "--parameters",
+        tmp_path / "p.json",
+        "--quiet",
+        "--out",
+        tmp_path / "out",
+    )
+    assert (
+        code == 2
+        and words in error
+        and str(tmp_path / "p.json") in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_too_many_mini_batches_are_refused():
     chosen = from_dict({**VALUES, "batch_size": 1})
     check_run(chosen, 7000, 12, 2**30)
-    with pytest.raises(InputError, match="8,500 mini-batches"): check_run(chosen, 8500, 12, 2**30)
+    with pytest.raises(InputError, match="8,500 mini-batches"):
+        check_run(chosen, 8500, 12, 2**30)
     assert sum(weight_bytes(chosen, 12)) == 8 * (3 * 13 + 4)
 
 
@@ -270,22 +466,47 @@ def test_whole_numbers_may_be_written_with_a_point():
 
 # Names
 
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     "A model of 8x8 pixels."
     chosen, path = from_dict(VALUES), tmp_path_factory.mktemp("model") / "params.h5"
-    model.write(model.Model(chosen, [layer[:2] for layer in network.initialise(chosen, 192)], ("[/no]", "[bold]cat"), 8), path)
+    model.write(
+        model.Model(
+            chosen,
+            [layer[:2] for layer in network.initialise(chosen, 192)],
+            ("[/no]", "[bold]cat"),
+            8,
+        ),
+        path,
+    )
     return path
 
 
-@pytest.mark.parametrize("name", [b"cat [edited].png", b"[/b].png", b":cat:.png", b"caf\xe9.png", "猫 ́.png".encode(), b"a\rb\x1b[31m.png", b"two\nlines.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"cat [edited].png",
+        b"[/b].png",
+        b":cat:.png",
+        b"caf\xe9.png",
+        "猫 ́.png".encode(),
+        b"a\rb\x1b[31m.png",
+        b"two\nlines.png",
+    ],
+)
 def test_a_name_is_printed_as_it_is(name, snn, small_model, tmp_path):
     path = os.path.join(os.fsencode(tmp_path), name)
     content = io.BytesIO()
     os.makedirs(os.path.dirname(path), exist_ok=True), scene().save(content, "PNG")
-    with open(path, "wb") as file: file.write(content.getvalue())
+    with open(path, "wb") as file:
+        file.write(content.getvalue())
     code, said, error = snn("predict", "--model", small_model, os.fsdecode(path))
-    assert code == 0 and shown(os.fsdecode(path)).replace("\\n", "\n") in said.replace("\\n", "\n") and ("[/no]" in said or "[bold]cat" in said), error
+    assert (
+        code == 0
+        and shown(os.fsdecode(path)).replace("\\n", "\n") in said.replace("\\n", "\n")
+        and ("[/no]" in said or "[bold]cat" in said)
+    ), error
     code, said, error = snn("predict", "--json", "--model", small_model, os.fsdecode(path))
     assert code == 0 and len(json.loads(said)) == 1, error
 
@@ -295,9 +516,12 @@ def test_a_name_is_printed_as_it_is(name, snn, small_model, tmp_path):
 @given(strategies.text(min_size=1))
 def test_no_name_is_changed_by_the_console(name):
     from snn.cli.console import PlainConsole
+
     file = io.StringIO()
     PlainConsole(file=file, width=40).print(name)
-    assert file.getvalue().replace("\n", "") == shown(name).replace("\\n", "").replace("\n", "")
+    assert file.getvalue().replace("\n", "") == shown(name).replace("\\n", "").replace(
+        "\n", ""
+    )
 
 
 # Chance
@@ -318,14 +542,47 @@ for number in range(int(sys.argv[4])):
     except parameters.InputError as error: assert str(error).startswith(str(path)), repr(str(error))
 """
 
-@pytest.mark.parametrize("kind, count", [("data", 100), ("jpeg", 60), ("png", 60), ("gif", 60), ("webp", 60), ("tiff", 60), ("parameters", 200)])
-def test_a_file_changed_by_chance_is_read_or_refused_with_a_sentence(kind, count, small_model, tmp_path):
+
+@pytest.mark.parametrize(
+    "kind, count",
+    [
+        ("data", 100),
+        ("jpeg", 60),
+        ("png", 60),
+        ("gif", 60),
+        ("webp", 60),
+        ("tiff", 60),
+        ("parameters", 200),
+    ],
+)
+def test_a_file_changed_by_chance_is_read_or_refused_with_a_sentence(
+    kind, count, small_model, tmp_path
+):
     "In a process of its own: HDF5 itself can be brought down by a damaged file."
-    first, reader = tmp_path / "whole", kind if kind in ("data", "model", "parameters") else "picture"
-    if kind == "data": data.write(data.read(saved(tmp_path / "d.h5")), first)
-    elif kind == "model": first.write_bytes(small_model.read_bytes())
-    elif kind == "parameters": first.write_text(json.dumps(VALUES))
-    else: scene().save(first, kind, exif=(b"Exif\0\0" if kind != "png" else b"") + exif((0x112, 3, 1, b"\x06\0\0\0"), *ODD.values())) if kind in ("jpeg", "png", "webp") else scene().save(first, kind)
-    tried = subprocess.run([sys.executable, "-c", FUZZ, reader, first, tmp_path / "changed", str(count)], capture_output=True, text=True, timeout=120)
+    first, reader = (
+        tmp_path / "whole",
+        kind if kind in ("data", "model", "parameters") else "picture",
+    )
+    if kind == "data":
+        data.write(data.read(saved(tmp_path / "d.h5")), first)
+    elif kind == "model":
+        first.write_bytes(small_model.read_bytes())
+    elif kind == "parameters":
+        first.write_text(json.dumps(VALUES))
+    else:
+        scene().save(
+            first,
+            kind,
+            exif=(b"Exif\0\0" if kind != "png" else b"")
+            + exif((0x112, 3, 1, b"\x06\0\0\0"), *ODD.values()),
+        ) if kind in ("jpeg", "png", "webp") else scene().save(first, kind)
+    tried = subprocess.run(
+        [sys.executable, "-c", FUZZ, reader, first, tmp_path / "changed", str(count)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert b"Traceback" not in tried.stderr.encode(), tried.stderr[-2000:]
-    assert tried.returncode == 0 or reader in ("data", "model") and tried.returncode < 0, tried.stderr[-2000:]
+    assert tried.returncode == 0 or reader in ("data", "model") and tried.returncode < 0, (
+        tried.stderr[-2000:]
+    )

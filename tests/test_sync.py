@@ -1,4 +1,5 @@
 """`snn/` is what the notebooks say, the notebooks are clean, and every module keeps to its room."""
+
 import ast
 import configparser
 import re
@@ -24,7 +25,9 @@ def python_files(folder: Path) -> dict[str, str]:
 def nbdev(module: str, command: str, folder: Path) -> None:
     "Run a command of nbdev in a folder."
     call = f"from nbdev.{module} import {command}; {command}()"
-    done = subprocess.run([sys.executable, "-c", call], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -32,7 +35,9 @@ def nbdev(module: str, command: str, folder: Path) -> None:
 def copy(tmp_path_factory) -> Path:
     "The notebooks and their settings, without what was exported from them."
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
 
@@ -45,7 +50,9 @@ def fresh(copy) -> dict[str, str]:
 
 
 def test_every_module_has_a_notebook_and_every_exporting_notebook_a_module(fresh):
-    assert sorted(python_files(ROOT / "snn")) == sorted(fresh), "a renamed notebook leaves its old module behind: delete it"
+    assert sorted(python_files(ROOT / "snn")) == sorted(fresh), (
+        "a renamed notebook leaves its old module behind: delete it"
+    )
 
 
 def test_every_module_is_what_its_notebook_exports(fresh):
@@ -57,7 +64,11 @@ def test_every_module_is_what_its_notebook_exports(fresh):
 def test_notebooks_are_clean(copy):
     before = {path: path.read_bytes() for path in (copy / "nbs").rglob("*.ipynb")}
     nbdev("clean", "nbdev_clean", copy)
-    dirty = [str(path.relative_to(copy)) for path, content in before.items() if path.read_bytes() != content]
+    dirty = [
+        str(path.relative_to(copy))
+        for path, content in before.items()
+        if path.read_bytes() != content
+    ]
     assert not dirty, "run nbdev_clean"
 
 
@@ -71,7 +82,9 @@ def test_the_version_is_the_same_everywhere():
 def test_a_handler_imports_nothing_that_a_lambda_does_not_need(handler):
     heavy = ["nbdev", "fastcore", "IPython", "matplotlib", "h5py", "PIL", "typer", "rich"]
     program = f"import sys, snn.handlers.{handler}; print(*(name for name in {heavy} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.split() == []
 
 
@@ -91,20 +104,25 @@ def imported(path: Path) -> set[str]:
     "The rooms of snn that a module imports, at its top or in a function."
     package, found = ["snn", *path.relative_to(ROOT / "snn").parts[:-1]], set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            start = package[:len(package) - node.level + 1] if node.level else []
+            start = package[: len(package) - node.level + 1] if node.level else []
             whole = ".".join([*start, *([node.module] if node.module else [])])
             names = [f"{whole}.{alias.name}" for alias in node.names]
-        else: continue
+        else:
+            continue
         found |= {name.split(".")[1] for name in names if name.startswith("snn.")}
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize("path", [param for param in NAMES if param.values[0].parent != ROOT / "snn"])
+@pytest.mark.parametrize(
+    "path", [param for param in NAMES if param.values[0].parent != ROOT / "snn"]
+)
 def test_imports_point_down(path):
     room = path.relative_to(ROOT / "snn").parts[0]
-    if room in BELOW: assert imported(path) <= BELOW[room] | {room}
+    if room in BELOW:
+        assert imported(path) <= BELOW[room] | {room}
 
 
 def test_the_rooms_are_listed_in_the_order_of_their_imports():
@@ -113,12 +131,21 @@ def test_the_rooms_are_listed_in_the_order_of_their_imports():
     rooms = {path.parent.name for path in (ROOT / "snn").glob("*/__init__.py")}
     assert sorted(listed) == sorted(rooms)
     for path in (ROOT / "snn").glob("*/*.py"):
-        allowed = listed[:listed.index(path.parent.name) + 1]
+        allowed = listed[: listed.index(path.parent.name) + 1]
         assert imported(path) <= set(allowed), path
 
 
-SWEEPING = {"scan_iter", "flushdb", "flushall", "sscan_iter", "hscan_iter", "randomkey"}  # look at more than one run's keys
-IN_LUA = re.compile(r"""(?:call|execute_command)\(\s*['"](KEYS|SCAN|FLUSHDB|FLUSHALL|SELECT)\b""", re.I)
+SWEEPING = {
+    "scan_iter",
+    "flushdb",
+    "flushall",
+    "sscan_iter",
+    "hscan_iter",
+    "randomkey",
+}  # look at more than one run's keys
+IN_LUA = re.compile(
+    r"""(?:call|execute_command)\(\s*['"](KEYS|SCAN|FLUSHDB|FLUSHALL|SELECT)\b""", re.I
+)
 
 
 def faults(path: Path) -> list[str]:
@@ -127,15 +154,32 @@ def faults(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
-            found += [f"imports {name}" for name in names if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "cloudpickle")]
-        if not isinstance(node, ast.Call): continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        numbers = [a for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, int)]
-        if name in SWEEPING or name in ("eval", "exec") or name == "select" and numbers: found.append(f"calls {name}")
-        if name == "keys" and any(isinstance(a, ast.Constant) and "*" in str(a.value) for a in node.args): found.append("calls keys with a pattern")
+            found += [
+                f"imports {name}"
+                for name in names
+                if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "cloudpickle")
+            ]
+        if not isinstance(node, ast.Call):
+            continue
+        name = (
+            node.func.attr
+            if isinstance(node.func, ast.Attribute)
+            else getattr(node.func, "id", "")
+        )
+        numbers = [
+            a for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, int)
+        ]
+        if name in SWEEPING or name in ("eval", "exec") or name == "select" and numbers:
+            found.append(f"calls {name}")
+        if name == "keys" and any(
+            isinstance(a, ast.Constant) and "*" in str(a.value) for a in node.args
+        ):
+            found.append("calls keys with a pattern")
         for keyword in node.keywords:
-            if keyword.arg == "db" and "redis" in ast.unparse(node).lower(): found.append("names a numbered database")
-            if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False": found.append("allows pickle")
+            if keyword.arg == "db" and "redis" in ast.unparse(node).lower():
+                found.append("names a numbered database")
+            if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False":
+                found.append("allows pickle")
     return found + [f"has the command {match}" for match in IN_LUA.findall(text)]
 
 

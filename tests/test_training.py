@@ -1,4 +1,5 @@
 """The handlers compute what plain NumPy computes, count what they do, and stop when they should."""
+
 import json
 from itertools import product
 
@@ -6,7 +7,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from snn.cloud.messages import ALL, after_epoch, after_layer, epoch_messages, invocations_per_epoch, trainer_messages
+from snn.cloud.messages import (
+    ALL,
+    after_epoch,
+    after_layer,
+    epoch_messages,
+    invocations_per_epoch,
+    trainer_messages,
+)
 from snn.cloud.store import decode
 from snn.local.cloud import LocalCloud
 from snn.maths import data, network
@@ -17,14 +25,25 @@ GRANULARITIES, AGGREGATIONS = ("neuron", "layer", "network"), ("best", "mean")
 def numpy_reference(parameters, path) -> tuple[list[float], dict[str, np.ndarray]]:
     "Costs and weights by plain NumPy."
     found = data.read(path)
-    costs, layers = zip(*network.train(parameters, data.standardise(found.train_x, parameters.dtype), found.train_y))
-    pairs = [(f"{name}{l}", array) for l, layer in enumerate(layers[-1], start=1) for name, array in zip("Wb", layer)]
+    costs, layers = zip(
+        *network.train(
+            parameters, data.standardise(found.train_x, parameters.dtype), found.train_y
+        )
+    )
+    pairs = [
+        (f"{name}{l}", array)
+        for l, layer in enumerate(layers[-1], start=1)
+        for name, array in zip("Wb", layer)
+    ]
     return list(costs), dict(sorted(pairs))
 
 
 def assert_equal_weights(found, expected, rtol=1e-9):
     assert list(found) == list(expected)
-    for name in expected: np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=rtol * 1e-6, err_msg=name)
+    for name in expected:
+        np.testing.assert_allclose(
+            found[name], expected[name], rtol=rtol, atol=rtol * 1e-6, err_msg=name
+        )
 
 
 def costs_of(cloud, run) -> list[float]:
@@ -36,54 +55,100 @@ def costs_of(cloud, run) -> list[float]:
 @pytest.fixture(scope="module")
 def fifty_epochs(parameters, request):
     "Each data set, the network that is trained on it for 50 epochs, and what plain NumPy makes of it; looked up by name."
-    networks = {"real": parameters(epochs=50), "drawn": parameters((6, 4, 3, 1), "leaky_relu", epochs=50, seed=3, learning_rate=.05)}
+    networks = {
+        "real": parameters(epochs=50),
+        "drawn": parameters((6, 4, 3, 1), "leaky_relu", epochs=50, seed=3, learning_rate=0.05),
+    }
     known = {}
+
     def look_up(kind: str, aggregation: str):
         path = request.getfixturevalue(f"{kind}_data")
         chosen = msgspec.structs.replace(networks[kind], aggregation=aggregation)
-        if (kind, aggregation) not in known: known[kind, aggregation] = numpy_reference(chosen, path)
+        if (kind, aggregation) not in known:
+            known[kind, aggregation] = numpy_reference(chosen, path)
         return path, chosen, known[kind, aggregation]
+
     return look_up
 
 
-@pytest.mark.parametrize("kind, granularity, aggregation", [*product(["drawn", "real"], GRANULARITIES, AGGREGATIONS)])
-def test_fifty_epochs_of_handlers_equal_plain_numpy(kind, granularity, aggregation, cloud, fifty_epochs, start_run, finished, weights_of):
+@pytest.mark.parametrize(
+    "kind, granularity, aggregation",
+    [*product(["drawn", "real"], GRANULARITIES, AGGREGATIONS)],
+)
+def test_fifty_epochs_of_handlers_equal_plain_numpy(
+    kind, granularity, aggregation, cloud, fifty_epochs, start_run, finished, weights_of
+):
     path, chosen, (costs, expected) = fifty_epochs(kind, aggregation)
     chosen = msgspec.structs.replace(chosen, granularity=granularity)
     run = start_run(cloud, f"{kind}-{granularity}-{aggregation}", chosen, path)
     plan = finished(cloud, run)
     assert_equal_weights(weights_of(cloud, run), expected)
     np.testing.assert_allclose(costs_of(cloud, run), costs, rtol=1e-9)
-    assert sum(count.attempts for count in cloud.services.ledger.counts(plan).values()) == 1 + 50 * invocations_per_epoch(plan)
+    assert sum(
+        count.attempts for count in cloud.services.ledger.counts(plan).values()
+    ) == 1 + 50 * invocations_per_epoch(plan)
 
 
-RULES = {"momentum": {"name": "momentum"}, "adam": {"name": "adam"}, "weight decay": {"l2": .01}}
+RULES = {
+    "momentum": {"name": "momentum"},
+    "adam": {"name": "adam"},
+    "weight decay": {"l2": 0.01},
+}
+
 
 @pytest.mark.parametrize("rule, aggregation", [*product(RULES, AGGREGATIONS)])
-def test_every_rule_by_handlers_equals_plain_numpy(rule, aggregation, cloud, parameters, small_data, start_run, finished, weights_of):
-    chosen = parameters((4, 3, 1), "tanh", epochs=10, optimizer=RULES[rule], aggregation=aggregation, learning_rate=.01)
+def test_every_rule_by_handlers_equals_plain_numpy(
+    rule, aggregation, cloud, parameters, small_data, start_run, finished, weights_of
+):
+    chosen = parameters(
+        (4, 3, 1),
+        "tanh",
+        epochs=10,
+        optimizer=RULES[rule],
+        aggregation=aggregation,
+        learning_rate=0.01,
+    )
     run = start_run(cloud, f"{rule}-{aggregation}", chosen, small_data)
     finished(cloud, run)
     assert_equal_weights(weights_of(cloud, run), numpy_reference(chosen, small_data)[1])
 
 
-def test_more_than_fifteen_mini_batches_work(cloud, parameters, small_data, start_run, finished, weights_of):
+def test_more_than_fifteen_mini_batches_work(
+    cloud, parameters, small_data, start_run, finished, weights_of
+):
     chosen = parameters((5, 1), batch_size=4, epochs=3)
     run = start_run(cloud, "many-batches", chosen, small_data)
     assert finished(cloud, run).batches == 42
     assert_equal_weights(weights_of(cloud, run), numpy_reference(chosen, small_data)[1])
 
 
-def test_runs_at_the_same_time_leave_one_another_alone(cloud, parameters, small_data, start_run, finished, weights_of):
-    every = [parameters((5, 1), epochs=20, seed=seed, granularity=granularity) for seed, granularity in enumerate(GRANULARITIES)]
-    runs = [start_run(cloud, f"together-{chosen.seed}", chosen, small_data) for chosen in every]
+def test_runs_at_the_same_time_leave_one_another_alone(
+    cloud, parameters, small_data, start_run, finished, weights_of
+):
+    every = [
+        parameters((5, 1), epochs=20, seed=seed, granularity=granularity)
+        for seed, granularity in enumerate(GRANULARITIES)
+    ]
+    runs = [
+        start_run(cloud, f"together-{chosen.seed}", chosen, small_data) for chosen in every
+    ]
     for run, chosen in zip(runs, every):
         finished(cloud, run)
         assert_equal_weights(weights_of(cloud, run), numpy_reference(chosen, small_data)[1])
 
 
-def test_a_threshold_of_zero_never_ends_a_run(cloud, parameters, small_data, start_run, finished):
-    chosen = parameters((1,), epochs=200, learning_rate=2, batch_size=256, optimizer={"name": "momentum"}, granularity="network", threshold=0)
+def test_a_threshold_of_zero_never_ends_a_run(
+    cloud, parameters, small_data, start_run, finished
+):
+    chosen = parameters(
+        (1,),
+        epochs=200,
+        learning_rate=2,
+        batch_size=256,
+        optimizer={"name": "momentum"},
+        granularity="network",
+        threshold=0,
+    )
     run = start_run(cloud, "no-threshold", chosen, small_data)
     finished(cloud, run)
     costs = costs_of(cloud, run)
@@ -91,8 +156,10 @@ def test_a_threshold_of_zero_never_ends_a_run(cloud, parameters, small_data, sta
     assert cloud.services.runs.status(run).reason == "all 200 epochs are done"
 
 
-def test_a_threshold_ends_a_run_at_the_first_epoch_that_reaches_it(cloud, parameters, small_data, start_run, finished, weights_of):
-    chosen = parameters((5, 1), epochs=60, learning_rate=.05, granularity="layer")
+def test_a_threshold_ends_a_run_at_the_first_epoch_that_reaches_it(
+    cloud, parameters, small_data, start_run, finished, weights_of
+):
+    chosen = parameters((5, 1), epochs=60, learning_rate=0.05, granularity="layer")
     costs, _ = numpy_reference(chosen, small_data)
     chosen = msgspec.structs.replace(chosen, threshold=sorted(costs)[30])
     reference, expected = numpy_reference(chosen, small_data)
@@ -100,68 +167,134 @@ def test_a_threshold_ends_a_run_at_the_first_epoch_that_reaches_it(cloud, parame
     run = start_run(cloud, "threshold", chosen, small_data)
     finished(cloud, run)
     assert len(costs_of(cloud, run)) == len(reference)
-    assert cloud.services.runs.status(run).reason == f"the cost is at or below the threshold of {chosen.threshold:g}"
+    assert (
+        cloud.services.runs.status(run).reason
+        == f"the cost is at or below the threshold of {chosen.threshold:g}"
+    )
     assert_equal_weights(weights_of(cloud, run), expected)
 
 
-def test_patience_ends_a_run_and_keeps_the_best_epoch(cloud, parameters, small_data, start_run, finished, weights_of):
-    chosen = parameters((5, 1), epochs=300, learning_rate=.5, granularity="network", validation_fraction=.3, patience=5)
+def test_patience_ends_a_run_and_keeps_the_best_epoch(
+    cloud, parameters, small_data, start_run, finished, weights_of
+):
+    chosen = parameters(
+        (5, 1),
+        epochs=300,
+        learning_rate=0.5,
+        granularity="network",
+        validation_fraction=0.3,
+        patience=5,
+    )
     run = start_run(cloud, "patience", chosen, small_data)
     plan = finished(cloud, run)
     status = cloud.services.runs.status(run)
-    assert status.reason == "the validation cost has not improved for 5 epochs" and status.epoch == status.best_epoch + 5
+    assert (
+        status.reason == "the validation cost has not improved for 5 epochs"
+        and status.epoch == status.best_epoch + 5
+    )
     found = data.read(small_data)
-    kept, held = data.split(167, .3, 0)
+    kept, held = data.split(167, 0.3, 0)
     X = data.standardise(found.train_x)
-    best = [layers for _, layers in network.train(chosen, X[kept], found.train_y[kept])][status.best_epoch]
+    best = [layers for _, layers in network.train(chosen, X[kept], found.train_y[kept])][
+        status.best_epoch
+    ]
     assert plan.images == len(kept) == 117 and len(held) == 50
-    assert_equal_weights(weights_of(cloud, run), {name: array for name, array in sorted(
-        (f"{name}{l}", array) for l, layer in enumerate(best, start=1) for name, array in zip("Wb", layer))})
+    assert_equal_weights(
+        weights_of(cloud, run),
+        {
+            name: array
+            for name, array in sorted(
+                (f"{name}{l}", array)
+                for l, layer in enumerate(best, start=1)
+                for name, array in zip("Wb", layer)
+            )
+        },
+    )
 
 
 @pytest.mark.parametrize("granularity, aggregation", [*product(GRANULARITIES, AGGREGATIONS)])
-def test_a_run_that_diverges_fails_and_says_where(granularity, aggregation, cloud, parameters, small_data, start_run, until):
-    chosen = parameters((5, 1), epochs=50, learning_rate=1e308, granularity=granularity, aggregation=aggregation)
+def test_a_run_that_diverges_fails_and_says_where(
+    granularity, aggregation, cloud, parameters, small_data, start_run, until
+):
+    chosen = parameters(
+        (5, 1),
+        epochs=50,
+        learning_rate=1e308,
+        granularity=granularity,
+        aggregation=aggregation,
+    )
     run = start_run(cloud, f"diverges-{granularity}-{aggregation}", chosen, small_data)
-    status = until(lambda: (s := cloud.services.runs.status(run)).state != "running" and s, "the run has ended")
+    status = until(
+        lambda: (s := cloud.services.runs.status(run)).state != "running" and s,
+        "the run has ended",
+    )
     assert status.state == "failed"
-    assert status.reason.startswith("epoch ") and "a learning rate below 1e+308 may help" in status.reason
+    assert (
+        status.reason.startswith("epoch ")
+        and "a learning rate below 1e+308 may help" in status.reason
+    )
     left = {key.split("/")[-1] for key in cloud.bucket.keys(f"training_results/{run}/")}
     assert not left & {"params.h5", "results.json"}
 
 
 @pytest.mark.parametrize("granularity, aggregation", [*product(GRANULARITIES, AGGREGATIONS)])
-def test_a_run_that_diverges_in_its_last_epoch_leaves_no_model(granularity, aggregation, cloud, parameters, small_data, start_run, weights_of, until):
+def test_a_run_that_diverges_in_its_last_epoch_leaves_no_model(
+    granularity, aggregation, cloud, parameters, small_data, start_run, weights_of, until
+):
     states = set()
     for epochs in (1, 2, 3):  # one of them is the one in which the weights become infinite
-        chosen = parameters((5, 1), epochs=epochs, learning_rate=1e308, granularity=granularity, aggregation=aggregation)
-        run = start_run(cloud, f"diverges-last-{granularity}-{aggregation}-{epochs}", chosen, small_data)
-        status = until(lambda: (s := cloud.services.runs.status(run)).state != "running" and s, "the run has ended")
+        chosen = parameters(
+            (5, 1),
+            epochs=epochs,
+            learning_rate=1e308,
+            granularity=granularity,
+            aggregation=aggregation,
+        )
+        run = start_run(
+            cloud, f"diverges-last-{granularity}-{aggregation}-{epochs}", chosen, small_data
+        )
+        status = until(
+            lambda: (s := cloud.services.runs.status(run)).state != "running" and s,
+            "the run has ended",
+        )
         states.add(status.state)
         if status.state == "failed":
             assert not cloud.bucket.keys(f"training_results/{run}/params.h5")
             continue
         found = weights_of(cloud, run)
-        assert all(np.isfinite(array).all() for array in found.values()), f"after {epochs} epochs"
+        assert all(np.isfinite(array).all() for array in found.values()), (
+            f"after {epochs} epochs"
+        )
     assert "failed" in states, "no run diverged, so nothing was tested"
 
 
 # Same bytes
 
-def test_a_run_leaves_the_same_bytes_with_any_number_of_workers_and_when_repeated(parameters, small_data, start_run, finished, weights_of):
-    chosen, left = parameters((5, 3, 1), epochs=4, granularity="neuron", aggregation="mean"), []
+
+def test_a_run_leaves_the_same_bytes_with_any_number_of_workers_and_when_repeated(
+    parameters, small_data, start_run, finished, weights_of
+):
+    chosen, left = (
+        parameters((5, 3, 1), epochs=4, granularity="neuron", aggregation="mean"),
+        [],
+    )
     for workers in (1, 2, 3):
         with LocalCloud(workers) as cloud:
             for folder in ("once", "twice"):
                 run = start_run(cloud, folder, chosen, small_data)
                 finished(cloud, run)
-                left.append({name: array.tobytes() for name, array in weights_of(cloud, run).items()})
+                left.append(
+                    {name: array.tobytes() for name, array in weights_of(cloud, run).items()}
+                )
     assert len(left[0]) == 6 and all(other == left[0] for other in left[1:])
 
 
 # Memory
 
-def memory_after(epochs: int, granularity: str, parameters, small_data, start_run, finished) -> int:
+
+def memory_after(
+    epochs: int, granularity: str, parameters, small_data, start_run, finished
+) -> int:
     "Bytes that a parameter server uses when its only run has ended."
     with LocalCloud() as cloud:
         chosen = parameters((3, 1), epochs=epochs, batch_size=256, granularity=granularity)
@@ -171,12 +304,18 @@ def memory_after(epochs: int, granularity: str, parameters, small_data, start_ru
 
 
 @pytest.mark.parametrize("granularity", ["layer", "network"])
-def test_the_servers_memory_does_not_grow_with_epochs(granularity, parameters, small_data, start_run, finished):
-    few, many = (memory_after(epochs, granularity, parameters, small_data, start_run, finished) for epochs in (50, 500))
+def test_the_servers_memory_does_not_grow_with_epochs(
+    granularity, parameters, small_data, start_run, finished
+):
+    few, many = (
+        memory_after(epochs, granularity, parameters, small_data, start_run, finished)
+        for epochs in (50, 500)
+    )
     assert many <= 1.1 * few
 
 
 # Invocations
+
 
 def messages_of_epoch(plan, epoch: int) -> list:
     "Every message of an epoch, as the functions send them one after another."
@@ -184,8 +323,10 @@ def messages_of_epoch(plan, epoch: int) -> list:
     while waiting:
         message = waiting.pop()
         found.append(message)
-        if message.function == "TrainerLambda": waiting += trainer_messages(plan, message)
-        elif message.first + 1 == plan.parameters.sizes[message.layer - 1]: waiting.append(after_layer(message))
+        if message.function == "TrainerLambda":
+            waiting += trainer_messages(plan, message)
+        elif message.first + 1 == plan.parameters.sizes[message.layer - 1]:
+            waiting.append(after_layer(message))
     return [*found, after_epoch(found[0])]
 
 
@@ -194,7 +335,12 @@ def counted(request, cloud, parameters, start_run, finished):
     "A run of three epochs, neuron by neuron, over 167 images: its plan."
     path = request.getfixturevalue(f"{request.param}_data")
     assert len(data.read(path).train_x) == 167
-    return finished(cloud, start_run(cloud, f"counted-{request.param}", parameters(epochs=3, granularity="neuron"), path))
+    return finished(
+        cloud,
+        start_run(
+            cloud, f"counted-{request.param}", parameters(epochs=3, granularity="neuron"), path
+        ),
+    )
 
 
 def test_an_epoch_of_167_images_is_226_invocations(counted):
@@ -204,9 +350,21 @@ def test_an_epoch_of_167_images_is_226_invocations(counted):
 
 
 def test_the_ledger_counts_exactly_these(cloud, counted, until):
-    counts = until(lambda: (found := cloud.services.ledger.counts(counted))["LaunchLambda"].finished == 4 and found, "the last epoch is recorded")
-    assert {name: (count.attempts, count.finished, count.duplicates) for name, count in counts.items()} == {
-        "LaunchLambda": (1 + 3, 1 + 3, 0), "TrainerLambda": (3 * 27, 3 * 27, 0), "NeuronLambda": (3 * 198, 3 * 198, 0)}
+    counts = until(
+        lambda: (
+            (found := cloud.services.ledger.counts(counted))["LaunchLambda"].finished == 4
+            and found
+        ),
+        "the last epoch is recorded",
+    )
+    assert {
+        name: (count.attempts, count.finished, count.duplicates)
+        for name, count in counts.items()
+    } == {
+        "LaunchLambda": (1 + 3, 1 + 3, 0),
+        "TrainerLambda": (3 * 27, 3 * 27, 0),
+        "NeuronLambda": (3 * 198, 3 * 198, 0),
+    }
     assert sum(count.attempts for count in counts.values()) == 1 + 3 * 226
 
 
@@ -216,7 +374,9 @@ def test_the_run_reports_the_number(cloud, counted):
 
 
 def test_each_invocation_of_the_last_epoch_is_in_the_ledger_once(cloud, counted, until):
-    entries = lambda: [cloud.services.ledger.entry(message) for message in messages_of_epoch(counted, 2)]
+    entries = lambda: [
+        cloud.services.ledger.entry(message) for message in messages_of_epoch(counted, 2)
+    ]
     until(lambda: all(entry.finished for entry in entries()), "every invocation has finished")
     assert {entry.attempts for entry in entries()} == {1} and len(entries()) == 226
 
@@ -225,7 +385,18 @@ def test_each_invocation_of_the_last_epoch_is_in_the_ledger_once(cloud, counted,
 def in_dynamodb(parameters, small_data, start_run, finished):
     "A cloud whose ledger is in DynamoDB, and the plan of a run on it: 2 epochs, 3 mini-batches, 4 neurons in 2 layers."
     with LocalCloud(ledger="dynamodb") as cloud:
-        yield cloud, finished(cloud, start_run(cloud, "dynamodb", parameters((3, 1), epochs=2, granularity="neuron"), small_data))
+        yield (
+            cloud,
+            finished(
+                cloud,
+                start_run(
+                    cloud,
+                    "dynamodb",
+                    parameters((3, 1), epochs=2, granularity="neuron"),
+                    small_data,
+                ),
+            ),
+        )
 
 
 def items(cloud, table: str) -> list[dict]:
@@ -236,23 +407,42 @@ def items(cloud, table: str) -> list[dict]:
 
 def test_the_tables_hold_one_item_per_invocation(in_dynamodb, until):
     cloud, plan = in_dynamodb
-    until(lambda: sum("finished" in item for item in items(cloud, "LaunchLambda")) == 3, "the last epoch is recorded")
+    until(
+        lambda: sum("finished" in item for item in items(cloud, "LaunchLambda")) == 3,
+        "the last epoch is recorded",
+    )
     expected = {"LaunchLambda": 1 + 2, "TrainerLambda": 2 * 3 * 5, "NeuronLambda": 2 * 3 * 8}
     for table, count in expected.items():
         found = items(cloud, table)
-        assert len(found) == count and all(item["cnt"]["N"] == "1" and item["attempts"]["N"] == "1" for item in found)
+        assert len(found) == count and all(
+            item["cnt"]["N"] == "1" and item["attempts"]["N"] == "1" for item in found
+        )
 
 
 def test_the_tables_name_the_messages(in_dynamodb):
     cloud, plan = in_dynamodb
-    ids = {item["invID"]["S"] for table in ("TrainerLambda", "NeuronLambda") for item in items(cloud, table)}
-    assert ids == {message.id for epoch in (0, 1) for message in messages_of_epoch(plan, epoch) if message.batch != ALL}
+    ids = {
+        item["invID"]["S"]
+        for table in ("TrainerLambda", "NeuronLambda")
+        for item in items(cloud, table)
+    }
+    assert ids == {
+        message.id
+        for epoch in (0, 1)
+        for message in messages_of_epoch(plan, epoch)
+        if message.batch != ALL
+    }
 
 
 def test_the_costs_table_holds_what_the_store_holds(in_dynamodb):
     cloud, plan = in_dynamodb
-    found = {int(item["epoch"]["N"]): [float(item[f"batch{batch}"]["S"]) for batch in range(3)] for item in items(cloud, "Costs")}
-    stored = cloud.services.store.read(plan.run, ALL, 1, [f"cost/{batch}" for batch in range(3)])
+    found = {
+        int(item["epoch"]["N"]): [float(item[f"batch{batch}"]["S"]) for batch in range(3)]
+        for item in items(cloud, "Costs")
+    }
+    stored = cloud.services.store.read(
+        plan.run, ALL, 1, [f"cost/{batch}" for batch in range(3)]
+    )
     assert found[1] == [float(decode(value)[0]) for value in stored]
     assert [min(costs) for _, costs in sorted(found.items())] == costs_of(cloud, plan.run)
 
@@ -260,5 +450,9 @@ def test_the_costs_table_holds_what_the_store_holds(in_dynamodb):
 def test_the_ledger_in_dynamodb_answers_as_the_other_does(in_dynamodb):
     cloud, plan = in_dynamodb
     ledger = cloud.services.ledger
-    assert all(ledger.entry(message).finished for epoch in (0, 1) for message in messages_of_epoch(plan, epoch))
+    assert all(
+        ledger.entry(message).finished
+        for epoch in (0, 1)
+        for message in messages_of_epoch(plan, epoch)
+    )
     assert ledger.counts(plan)["NeuronLambda"].finished == 2 * 3 * 8

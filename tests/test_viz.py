@@ -1,4 +1,5 @@
 """Pictures: each is a labelled figure, nothing on it is cut off, and nobody needs to tell red from green."""
+
 from collections import namedtuple
 from io import BytesIO
 from itertools import combinations
@@ -25,7 +26,10 @@ def images(small_datasets) -> np.ndarray:
     return small_datasets().test_x
 
 
-Timing, Point = namedtuple("Timing", "name median fastest slowest ratio"), namedtuple("Point", "name value median fastest slowest")
+Timing, Point = (
+    namedtuple("Timing", "name median fastest slowest ratio"),
+    namedtuple("Point", "name value median fastest slowest"),
+)
 Line, Moment = namedtuple("Line", "once each"), namedtuple("Moment", "epoch seconds memory")
 WHO = ("plain NumPy", "network", "layer", "neuron", "scikit-learn")
 KINDS = ("mathematics", "round trips", "serialisation", "dispatch", "waiting")
@@ -33,41 +37,87 @@ KINDS = ("mathematics", "round trips", "serialisation", "dispatch", "waiting")
 PICTURES = {
     "architecture": lambda trained, images: structure.architecture(),
     "network": lambda trained, images: structure.network(trained.parameters, 192),
-    "network of the original": lambda trained, images: structure.network(trained.parameters, 12288),
+    "network of the original": lambda trained, images: structure.network(
+        trained.parameters, 12288
+    ),
     "one mini-batch": lambda trained, images: structure.data_parallel(1, [3, 1]),
-    "forty mini-batches": lambda trained, images: structure.data_parallel(40, trained.parameters.sizes),
-    "timeline": lambda trained, images: structure.timeline([(0, .01), (0, .5), (.1, .2)], .3, "A race"),
-    "gallery": lambda trained, images: style.gallery(images[:11], ["a picture"] * 11, columns=5, title="Pictures"),
+    "forty mini-batches": lambda trained, images: structure.data_parallel(
+        40, trained.parameters.sizes
+    ),
+    "timeline": lambda trained, images: structure.timeline(
+        [(0, 0.01), (0, 0.5), (0.1, 0.2)], 0.3, "A race"
+    ),
+    "gallery": lambda trained, images: style.gallery(
+        images[:11], ["a picture"] * 11, columns=5, title="Pictures"
+    ),
     "a gallery of one": lambda trained, images: style.gallery(images[:1]),
     "learned": lambda trained, images: neurons.learned(trained.layers, 8),
-    "learned since the beginning": lambda trained, images: neurons.learned(trained.layers, 8, network.initialise(trained.parameters, 192)),
+    "learned since the beginning": lambda trained, images: neurons.learned(
+        trained.layers, 8, network.initialise(trained.parameters, 192)
+    ),
     "favourites": lambda trained, images: neurons.favourites(trained, images, 2),
     "favourites of the last": lambda trained, images: neurons.favourites(trained, images, 4),
     "firing": lambda trained, images: neurons.firing(trained, images[0], "a picture"),
     "saliency": lambda trained, images: neurons.saliency_map(trained, images[:3]),
     "alive": lambda trained, images: neurons.alive(trained, images),
-    "cost": lambda trained, images: learning.cost_curve([.7, .5, .4], .1),
-    "cost of one epoch": lambda trained, images: learning.cost_curve([.7]),
-    "cost far above the threshold": lambda trained, images: learning.cost_curve([.7, .6], 1e-6),
-    "progress": lambda trained, images: learning.progress([.7, .6], 10, "cost 0.6"),
+    "cost": lambda trained, images: learning.cost_curve([0.7, 0.5, 0.4], 0.1),
+    "cost of one epoch": lambda trained, images: learning.cost_curve([0.7]),
+    "cost far above the threshold": lambda trained, images: learning.cost_curve(
+        [0.7, 0.6], 1e-6
+    ),
+    "progress": lambda trained, images: learning.progress([0.7, 0.6], 10, "cost 0.6"),
     "progress before the first epoch": lambda trained, images: learning.progress([], 10),
     "gradients": lambda trained, images: learning.gradient_norms([[1e-3, 0, 1], [1e-4, 0, 2]]),
-    "weights": lambda trained, images: learning.weights_over_epochs([(-1, trained.layers), (5, trained.layers)], 8),
-    "confusion": lambda trained, images: answers.confusion(((12, 5), (8, 25)), ("non-cat", "cat")),
-    "confusion without cats": lambda trained, images: answers.confusion(((3, 0), (0, 0)), ("non-cat", "cat")),
-    "roc": lambda trained, images: answers.roc(np.array([0, .5, 1]), np.array([0, .8, 1]), .65, (.5, .8)),
-    "sweep": lambda trained, images: answers.threshold_sweep(np.array([0, 1, 1]), np.array([.2, .3, .9])),
-    "sureness": lambda trained, images: answers.sureness(np.array([0, 1, 1]), np.array([.2, .3, .9]), ("non-cat", "cat")),
-    "trust": lambda trained, images: answers.trust(37, 50, .66),
-    "trust in one image": lambda trained, images: answers.trust(1, 1, 1.),
-    "told": lambda trained, images: answers.told(images[:3], np.array([.2, .9, .5]), ("non-cat", "cat"), np.array([0, 0, 1]), "Told"),
-    "ratios": lambda trained, images: speed.ratios([Timing(name, .01 * 3 ** i, .009 * 3 ** i, .02 * 3 ** i, 3 ** i) for i, name in enumerate(WHO)]),
-    "ratio of one": lambda trained, images: speed.ratios([Timing("plain NumPy", .01, .01, .01, 1)]),
-    "where time goes": lambda trained, images: speed.where_time_goes({name: dict.fromkeys(KINDS, .001 * 5 ** i) for i, name in enumerate(WHO[1:4])}, .02),
-    "workers at work": lambda trained, images: speed.workers_at_work([[(kind, i / 100, (i + 1) / 100) for i, kind in enumerate(KINDS)]] * 3, "Three workers"),
-    "growth": lambda trained, images: speed.growth([Point(name, n, n / 1e4, n / 2e4, n / 5e3) for name in WHO for n in (20, 200, 2000)], {name: Line(1e-3, 1e-4) for name in WHO}, "images", "More"),
-    "a long run": lambda trained, images: speed.lasting({name: [Moment(n, .002, 2e6) for n in (100, 1000, 5000)] for name in WHO[1:3]}),
-    "speed-up": lambda trained, images: speed.speed_up([Point(name, n, 1 / n, 0, 0) for name in WHO[1:4] for n in (1, 2, 4)]),
+    "weights": lambda trained, images: learning.weights_over_epochs(
+        [(-1, trained.layers), (5, trained.layers)], 8
+    ),
+    "confusion": lambda trained, images: answers.confusion(
+        ((12, 5), (8, 25)), ("non-cat", "cat")
+    ),
+    "confusion without cats": lambda trained, images: answers.confusion(
+        ((3, 0), (0, 0)), ("non-cat", "cat")
+    ),
+    "roc": lambda trained, images: answers.roc(
+        np.array([0, 0.5, 1]), np.array([0, 0.8, 1]), 0.65, (0.5, 0.8)
+    ),
+    "sweep": lambda trained, images: answers.threshold_sweep(
+        np.array([0, 1, 1]), np.array([0.2, 0.3, 0.9])
+    ),
+    "sureness": lambda trained, images: answers.sureness(
+        np.array([0, 1, 1]), np.array([0.2, 0.3, 0.9]), ("non-cat", "cat")
+    ),
+    "trust": lambda trained, images: answers.trust(37, 50, 0.66),
+    "trust in one image": lambda trained, images: answers.trust(1, 1, 1.0),
+    "told": lambda trained, images: answers.told(
+        images[:3], np.array([0.2, 0.9, 0.5]), ("non-cat", "cat"), np.array([0, 0, 1]), "Told"
+    ),
+    "ratios": lambda trained, images: speed.ratios(
+        [
+            Timing(name, 0.01 * 3**i, 0.009 * 3**i, 0.02 * 3**i, 3**i)
+            for i, name in enumerate(WHO)
+        ]
+    ),
+    "ratio of one": lambda trained, images: speed.ratios(
+        [Timing("plain NumPy", 0.01, 0.01, 0.01, 1)]
+    ),
+    "where time goes": lambda trained, images: speed.where_time_goes(
+        {name: dict.fromkeys(KINDS, 0.001 * 5**i) for i, name in enumerate(WHO[1:4])}, 0.02
+    ),
+    "workers at work": lambda trained, images: speed.workers_at_work(
+        [[(kind, i / 100, (i + 1) / 100) for i, kind in enumerate(KINDS)]] * 3, "Three workers"
+    ),
+    "growth": lambda trained, images: speed.growth(
+        [Point(name, n, n / 1e4, n / 2e4, n / 5e3) for name in WHO for n in (20, 200, 2000)],
+        {name: Line(1e-3, 1e-4) for name in WHO},
+        "images",
+        "More",
+    ),
+    "a long run": lambda trained, images: speed.lasting(
+        {name: [Moment(n, 0.002, 2e6) for n in (100, 1000, 5000)] for name in WHO[1:3]}
+    ),
+    "speed-up": lambda trained, images: speed.speed_up(
+        [Point(name, n, 1 / n, 0, 0) for name in WHO[1:4] for n in (1, 2, 4)]
+    ),
     "speed-up of one": lambda trained, images: speed.speed_up([Point("layer", 1, 1, 0, 0)]),
 }
 
@@ -82,24 +132,46 @@ def texts(figure: Figure) -> list:
     figure.canvas.draw()
     found = [text for text in [figure._suptitle] if text]
     for axes in figure.axes:
-        found += [*axes.texts, axes.title, *(axes.get_legend().get_texts() if axes.get_legend() else [])]
-        if not axes.axison: continue
+        found += [
+            *axes.texts,
+            axes.title,
+            *(axes.get_legend().get_texts() if axes.get_legend() else []),
+        ]
+        if not axes.axison:
+            continue
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            found += [axis.label, *(tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)]
+            found += [
+                axis.label,
+                *(
+                    tick.label1
+                    for tick in axis.get_major_ticks()
+                    if low <= tick.get_loc() <= high
+                ),
+            ]
     return [text for text in found if text.get_visible() and text.get_text().strip()]
 
 
 def test_a_picture_is_a_figure_that_needs_no_screen_and_is_as_wide_as_a_notebook(picture):
     assert isinstance(picture, Figure) and picture.get_figwidth() <= 8.5
     from matplotlib import pyplot
+
     assert pyplot.get_fignums() == []
 
 
 def test_no_text_is_cut_off(picture):
     drawn = texts(picture)
     whole = picture.bbox
-    cut = [text.get_text() for text in drawn if not (-1 <= (box := text.get_window_extent()).x0 and box.x1 <= whole.width + 1 and -1 <= box.y0 and box.y1 <= whole.height + 1)]
+    cut = [
+        text.get_text()
+        for text in drawn
+        if not (
+            -1 <= (box := text.get_window_extent()).x0
+            and box.x1 <= whole.width + 1
+            and -1 <= box.y0
+            and box.y1 <= whole.height + 1
+        )
+    ]
     assert cut == []
 
 
@@ -109,7 +181,10 @@ def test_no_text_is_too_small_to_be_read(picture):
 
 def test_a_picture_is_a_small_png_with_a_description(picture):
     png, metadata = picture._repr_png_()
-    assert Image.open(BytesIO(png)).width == round(picture.get_figwidth() * 100) and len(png) < 100_000
+    assert (
+        Image.open(BytesIO(png)).width == round(picture.get_figwidth() * 100)
+        and len(png) < 100_000
+    )
     assert metadata["alt"] == picture.description
     assert picture.description or picture.get_suptitle() == ""
 
@@ -122,18 +197,34 @@ def test_curves_say_what_their_axes_are(trained, images):
 
 # How the three kinds of colour blindness see linear RGB (Machado et al., 2009; severity 1).
 BLINDNESS = {
-    "protanopia": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
-    "deuteranopia": [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
-    "tritanopia": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
 }
 
 
 def seen(colour: str, matrix) -> np.ndarray:
     "A colour as somebody sees it, in CIE L*a*b*."
-    rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
-    xyz = [[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]] @ np.clip(matrix @ linear, 0, 1) / [.9505, 1, 1.089]
-    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = (
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+        @ np.clip(matrix @ linear, 0, 1)
+        / [0.9505, 1, 1.089]
+    )
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
@@ -141,7 +232,9 @@ def seen(colour: str, matrix) -> np.ndarray:
 def test_colours_that_are_used_together_can_be_told_apart(kind):
     together = [style.BLUE, style.ORANGE, style.VERMILLION, style.GREEN, style.INK]
     for one, other in combinations(together, 2):
-        distance = np.linalg.norm(seen(one, np.array(BLINDNESS[kind])) - seen(other, np.array(BLINDNESS[kind])))
+        distance = np.linalg.norm(
+            seen(one, np.array(BLINDNESS[kind])) - seen(other, np.array(BLINDNESS[kind]))
+        )
         assert distance > 10, f"{one} and {other}"
 
 
@@ -154,17 +247,20 @@ def test_a_neuron_that_never_fires_is_flagged(trained, images):
 
 
 def test_a_weight_of_zero_is_grey_and_the_largest_is_full():
-    W = np.zeros((2, 12)); W[0, 3], W[0, 4] = .2, -.1
+    W = np.zeros((2, 12))
+    W[0, 3], W[0, 4] = 0.2, -0.1
     shown = neurons.weights_as_images(W, 2)
-    assert shown[0, 0, 1].tolist() == [1, .25, .5] and (shown[1] == .5).all()
+    assert shown[0, 0, 1].tolist() == [1, 0.25, 0.5] and (shown[1] == 0.5).all()
 
 
 def test_the_sweep_agrees_with_counting():
     rng = np.random.default_rng(3)
     labels, probabilities = rng.integers(0, 2, 40), rng.random(40)
-    found = answers.measures_at(labels, probabilities, [.3, .7])
-    for i, threshold in enumerate((.3, .7)):
+    found = answers.measures_at(labels, probabilities, [0.3, 0.7])
+    for i, threshold in enumerate((0.3, 0.7)):
         called = probabilities >= threshold
         assert found["accuracy"][i] == (called == labels).mean()
-        assert found["sensitivity"][i] == called[labels == 1].mean() and np.isclose(found["specificity"][i], (~called[labels == 0]).mean())
+        assert found["sensitivity"][i] == called[labels == 1].mean() and np.isclose(
+            found["specificity"][i], (~called[labels == 0]).mean()
+        )
         assert found["precision"][i] == labels[called].mean()

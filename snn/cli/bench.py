@@ -18,32 +18,68 @@ from ..maths.parameters import InputError, read
 # %% ../../nbs/cli/06_bench.ipynb #f8547572
 def _check_plot(path: Path | None) -> None:
     "Raise `InputError` if a picture could not be written there; before minutes are spent on measuring."
-    if path and (path.suffix != ".png" or not path.absolute().parent.is_dir()): raise InputError(f"--plot is {path}; it must be a .png in a folder that exists")
+    if path and (path.suffix != ".png" or not path.absolute().parent.is_dir()):
+        raise InputError(f"--plot is {path}; it must be a .png in a folder that exists")
+
 
 def _table(timings: list) -> Table:
     "The times, a row for each."
-    table = Table("", "ms per epoch", "fastest", "slowest", "ratio to NumPy", "invocations per epoch", box=None)
+    table = Table(
+        "",
+        "ms per epoch",
+        "fastest",
+        "slowest",
+        "ratio to NumPy",
+        "invocations per epoch",
+        box=None,
+    )
     for t in timings:
-        table.add_row(t.name, *(f"{seconds * 1000:.1f}" for seconds in (t.median, t.fastest, t.slowest)), f"{t.ratio:.2f}", str(t.invocations or ""))
+        table.add_row(
+            t.name,
+            *(f"{seconds * 1000:.1f}" for seconds in (t.median, t.fastest, t.slowest)),
+            f"{t.ratio:.2f}",
+            str(t.invocations or ""),
+        )
     return table
 
+
 def bench(
-    data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
-    parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
+    data: Annotated[
+        Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")
+    ] = None,
+    parameters: Annotated[
+        Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
+    ] = Path("parameters.json"),
     epochs: Annotated[int, Option(min=5, help="Of each run.")] = 60,
     repetitions: Annotated[int, Option(min=1, help="Each takes its turn this often.")] = 5,
-    workers: Annotated[Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")] = None,
-    quick: Annotated[bool, Option("--quick", help="20 epochs, 2 repetitions: a first impression.")] = False,
+    workers: Annotated[
+        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+    ] = None,
+    quick: Annotated[
+        bool, Option("--quick", help="20 epochs, 2 repetitions: a first impression.")
+    ] = False,
     plot: Annotated[Optional[Path], Option(help="A .png for the times as a picture.")] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Time an epoch at each granularity, in turns with plain NumPy and, where installed, scikit-learn and PyTorch."
     from snn.local import bench as benchmark, training
+
     _check_plot(plot)
-    if quick: epochs, repetitions = 20, 2
-    timings = benchmark.bench(read(parameters), data or training.drawn_datasets(), epochs, repetitions, workers=workers, say=lambda line: err.print(line, markup=False))
+    if quick:
+        epochs, repetitions = 20, 2
+    timings = benchmark.bench(
+        read(parameters),
+        data or training.drawn_datasets(),
+        epochs,
+        repetitions,
+        workers=workers,
+        say=lambda line: err.print(line, markup=False),
+    )
     if plot:
         from snn.viz.speed import ratios
+
         plot.write_bytes(ratios(timings).png())
-    if json: print_json([timing._asdict() for timing in timings])
-    else: out.print(_table(timings))
+    if json:
+        print_json([timing._asdict() for timing in timings])
+    else:
+        out.print(_table(timings))

@@ -15,14 +15,28 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 # %% ../../nbs/cli/01_console.ipynb #91270e40
-HIDDEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HIDDEN = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
 
 def _escaped(c: str) -> str:
     "A character as Python writes it; a byte of a file's name that is not UTF-8 as that byte."
-    return f"\\x{ord(c) - 0xdc00:02x}" if 0xdc80 <= ord(c) <= 0xdcff else c.encode("unicode_escape").decode()
+    return (
+        f"\\x{ord(c) - 0xDC00:02x}"
+        if 0xDC80 <= ord(c) <= 0xDCFF
+        else c.encode("unicode_escape").decode()
+    )
+
 
 def shown(
     text: str,
@@ -30,22 +44,31 @@ def shown(
     "Text from anywhere, as it is but for what can't be shown."
     return HIDDEN.sub(lambda found: _escaped(found[0]), text)
 
+
 class PlainConsole(Console):
     "A console that takes all text for text, and none for markup."
-    def __init__(self, **options): super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def __init__(self, **options):
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
     def print(self, *objects, **options) -> None:
         "Print objects; in text, what can't be shown is escaped."
-        super().print(*(shown(one) if isinstance(one, str) else one for one in objects), **options)
+        super().print(
+            *(shown(one) if isinstance(one, str) else one for one in objects), **options
+        )
+
 
 out, err = PlainConsole(), PlainConsole(stderr=True)
 
 # %% ../../nbs/cli/01_console.ipynb #ce969535
 def _encodable(value):
     "A value whose text can be written in UTF-8."
-    if isinstance(value, str): return re.sub("[\ud800-\udfff]", lambda found: _escaped(found[0]), value)
-    if isinstance(value, dict): return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", lambda found: _escaped(found[0]), value)
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
     return list(map(_encodable, value)) if isinstance(value, (list, tuple)) else value
+
 
 def print_json(
     value,  # anything that msgspec can encode
@@ -59,8 +82,10 @@ def duration(
     seconds: float,
 ) -> str:
     "A time span as one would say it."
-    if seconds < 10: return f"{seconds:.1f} s"
-    if seconds < 100: return f"{seconds:.0f} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -69,56 +94,94 @@ def money(
     dollars: float,
 ) -> str:
     "US dollars with as many digits as say something."
-    return f"${dollars:,.2f}" if dollars >= 1 else f"${dollars:.3f}" if dollars >= .01 else f"${dollars:.6f}"
+    return (
+        f"${dollars:,.2f}"
+        if dollars >= 1
+        else f"${dollars:.3f}"
+        if dollars >= 0.01
+        else f"${dollars:.6f}"
+    )
 
 # %% ../../nbs/cli/01_console.ipynb #a3bb0deb
 class TrainingProgress:
     "Shows how far a run is; give its `report` to `train`."
-    def __init__(self,
-        epochs: int,               # at most
-        quiet: bool=False,
-        console: Console=err,
-        every: float=5,            # seconds between two lines, without a terminal
+
+    def __init__(
+        self,
+        epochs: int,  # at most
+        quiet: bool = False,
+        console: Console = err,
+        every: float = 5,  # seconds between two lines, without a terminal
     ):
-        self.epochs, self.console, self.every, self.last = epochs, console, every, time.monotonic()
+        self.epochs, self.console, self.every, self.last = (
+            epochs,
+            console,
+            every,
+            time.monotonic(),
+        )
         self.live, self.quiet = console.is_terminal and not quiet, quiet
-        self.marks: list[tuple[float, int, int]] = []  # seconds, epochs and invocations of the last minute
-        columns = [TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}", markup=False), TimeElapsedColumn()]
+        self.marks: list[
+            tuple[float, int, int]
+        ] = []  # seconds, epochs and invocations of the last minute
+        columns = [
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeElapsedColumn(),
+        ]
         self.bar = Progress(*columns, console=console, transient=True, disable=not self.live)
         self.task = self.bar.add_task("training", total=epochs, figures="starting")
 
     def figures(self, progress) -> str:
         "Cost, invocations per second and time left, in a line."
         now, done = progress.seconds, progress.status.epoch + 1
-        self.marks = [mark for mark in self.marks if mark[0] > now - 60] + [(now, done, progress.invocations)]
+        self.marks = [mark for mark in self.marks if mark[0] > now - 60] + [
+            (now, done, progress.invocations)
+        ]
         (then, before, fewer), cost = self.marks[0], progress.status.cost
-        if cost is None or now == then: return "starting"
+        if cost is None or now == then:
+            return "starting"
         rate = (progress.invocations - fewer) / (now - then)
-        left = f", at most {duration((self.epochs - done) * (now - then) / (done - before))} left" if done > before else ""
+        left = (
+            f", at most {duration((self.epochs - done) * (now - then) / (done - before))} left"
+            if done > before
+            else ""
+        )
         return f"cost {cost:.5f}, {rate:,.0f} invocations/s{left}"
 
     def report(self, progress) -> None:
         "Show the newest figures."
         figures, done = self.figures(progress), progress.status.epoch + 1
         self.bar.update(self.task, completed=done, figures=figures)
-        if self.live or self.quiet or time.monotonic() - self.last < self.every: return
+        if self.live or self.quiet or time.monotonic() - self.last < self.every:
+            return
         self.last = time.monotonic()
         self.console.print(f"epoch {done}/{self.epochs}, {figures}")
 
-    def __enter__(self): self.bar.start(); return self
-    def __exit__(self, *error): self.bar.stop()
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.stop()
 
 # %% ../../nbs/cli/01_console.ipynb #4c61dfd5
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+
 class Stopped(SystemExit):
     "Somebody has told the program to stop; holds the exit code, 128 and the number of the signal."
 
+
 def _stop(number: int, frame) -> None:
-    for other in SIGNALS: signal.signal(other, signal.SIG_IGN)
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise Stopped(128 + number)
+
 
 def stop_cleanly() -> None:
     "Let signals unwind the program: they raise `Stopped`."
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN: signal.signal(number, _stop)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)

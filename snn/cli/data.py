@@ -23,27 +23,51 @@ app = typer.Typer(no_args_is_help=True, help="Draw, pack and look into data sets
 Out = Annotated[Path, Option("--out", help="Where to write the datasets.h5.")]
 Size = Annotated[int, Option(min=8, max=1024, help="Edge of an image in pixels.")]
 
+
 def _check_folder(path: Path) -> None:
     "Raise an `InputError` unless a file can be written at `path`."
-    if not path.parent.is_dir(): raise InputError(f"{path.parent}: no such folder; make it first, or give another --out")
-    if path.is_dir(): raise InputError(f"{path}: is a folder; --out names a file")
-    if not os.access(path.parent, os.W_OK): raise InputError(f"{path.parent}: you may not write here; give another --out")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{path.parent}: no such folder; make it first, or give another --out"
+        )
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; --out names a file")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path.parent}: you may not write here; give another --out")
 
 # %% ../../nbs/cli/04_data.ipynb #9e6641bc
 def facts(
     datasets: Datasets,
 ) -> dict:
     "What is in a data set."
-    part = lambda y: {**{datasets.classes[kind]: int((y == kind).sum()) for kind in (1, 0)}, "images": len(y)}
-    counts = {"training": np.bincount(datasets.train_y, minlength=2).tolist(), "test": np.bincount(datasets.test_y, minlength=2).tolist()}
-    return {"size": datasets.size, "classes": list(datasets.classes), "counts": counts, "training": part(datasets.train_y), "test": part(datasets.test_y)}
+    part = lambda y: {
+        **{datasets.classes[kind]: int((y == kind).sum()) for kind in (1, 0)},
+        "images": len(y),
+    }
+    counts = {
+        "training": np.bincount(datasets.train_y, minlength=2).tolist(),
+        "test": np.bincount(datasets.test_y, minlength=2).tolist(),
+    }
+    return {
+        "size": datasets.size,
+        "classes": list(datasets.classes),
+        "counts": counts,
+        "training": part(datasets.train_y),
+        "test": part(datasets.test_y),
+    }
+
 
 def _say(path: Path, datasets: Datasets) -> None:
     "What is in a data set, for a person."
     out.print(f"{path}: {datasets.size}x{datasets.size} pixels")
     for name, (no, yes) in facts(datasets)["counts"].items():
-        out.print(f"  {name:9} {no + yes} images, {yes} {datasets.classes[1]}, {no} {datasets.classes[0]}")
-    if again := doubles(datasets): out.print(f"  {again} of the test images are also among the training images; they tell nothing of what the model makes of new ones")
+        out.print(
+            f"  {name:9} {no + yes} images, {yes} {datasets.classes[1]}, {no} {datasets.classes[0]}"
+        )
+    if again := doubles(datasets):
+        out.print(
+            f"  {again} of the test images are also among the training images; they tell nothing of what the model makes of new ones"
+        )
 
 # %% ../../nbs/cli/04_data.ipynb #e7b7cde5
 @app.command()
@@ -54,6 +78,7 @@ def draw(
 ) -> None:
     "Draw cats and other things."
     from snn.maths.drawing import draw_datasets
+
     _check_folder(out_file)
     datasets = Datasets(*draw_datasets(size=size, seed=seed))
     write(datasets, out_file)
@@ -66,16 +91,20 @@ def pack(
     non_cat: Annotated[Path, Option(help="Folder of pictures of anything else.")],
     out_file: Out = Path("datasets.h5"),
     size: Size = 64,
-    test_fraction: Annotated[float, Option(min=.01, max=.9, help="Share of the pictures to test on.")] = .2,
+    test_fraction: Annotated[
+        float, Option(min=0.01, max=0.9, help="Share of the pictures to test on.")
+    ] = 0.2,
     seed: Annotated[int, Option(min=0, help="Draws which pictures are tested on.")] = 0,
 ) -> None:
     "Make a data set from two folders of pictures."
     from snn.maths import photographs
+
     _check_folder(out_file)
     told: list[str] = []
     datasets = photographs.pack(cat, non_cat, size, test_fraction, seed, told.append)
     write(datasets, out_file)
-    for line in told: err.print(line)
+    for line in told:
+        err.print(line)
     _say(out_file, datasets)
 
 # %% ../../nbs/cli/04_data.ipynb #8b899f4e
@@ -86,7 +115,8 @@ def info(
 ) -> None:
     "Check a data set and say what is in it."
     datasets = read(file)
-    if json: return print_json(facts(datasets))
+    if json:
+        return print_json(facts(datasets))
     _say(file, datasets)
 
 # %% ../../nbs/cli/04_data.ipynb #3835717d
@@ -99,15 +129,20 @@ def join(
     "Make one data set of two files. What they lead to is copied as well."
     _check_folder(out_file)
     whole = content(train, test)
-    with written_whole(out_file) as partial: partial.write_bytes(whole)
+    with written_whole(out_file) as partial:
+        partial.write_bytes(whole)
     _say(out_file, read(out_file))
+
 
 @app.command()
 def check(
     file: Annotated[Path, Argument(help="A datasets.h5, or the file with the training part.")],
-    test: Annotated[Optional[Path], Argument(help="The file with the test part, if it is another one.")] = None,
+    test: Annotated[
+        Optional[Path], Argument(help="The file with the test part, if it is another one.")
+    ] = None,
 ) -> None:
     "Say all that is wrong with a data set."
-    if found := faults(file, test): raise InputError(f"{file}: {'; '.join(found)}")
+    if found := faults(file, test):
+        raise InputError(f"{file}: {'; '.join(found)}")
     _say(file, read(file, test=test))
     out.print("  nothing is wrong with it")

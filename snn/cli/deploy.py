@@ -21,123 +21,258 @@ from ..maths.parameters import InputError
 
 # %% ../../nbs/cli/70_deploy.ipynb #e754e394
 Stack = Annotated[str, Option(help="Name of the stack.")]
-Region = Annotated[Optional[str], Option(help="AWS region, if not the environment's or the profile's.")]
-Endpoint = Annotated[Optional[str], Option("--endpoint-url", help="Address of an AWS on this machine.")]
+Region = Annotated[
+    Optional[str], Option(help="AWS region, if not the environment's or the profile's.")
+]
+Endpoint = Annotated[
+    Optional[str], Option("--endpoint-url", help="Address of an AWS on this machine.")
+]
 Machine = Annotated[str, Option("--architecture", help="arm64 or x86_64.")]
+
 
 def _target(python: str, machine: str):
     "Whom packages are for; raises `InputError` for a word that Lambda does not know."
     from snn.deploy.wheels import MACHINES, Target
-    if machine not in MACHINES: raise InputError(f"--architecture is {machine}; it may be {' or '.join(MACHINES)}")
+
+    if machine not in MACHINES:
+        raise InputError(f"--architecture is {machine}; it may be {' or '.join(MACHINES)}")
     return Target(python, machine)
 
 # %% ../../nbs/cli/70_deploy.ipynb #adb13f08
 def _facts(package) -> dict:
     "Size, fingerprint and import times of a package."
     from snn.deploy.package import HANDLERS, cold_import
+
     imports = {module: cold_import(package, module) for module in HANDLERS[package.name]}
-    return {"name": package.name, "path": package.path, "sha256": package.sha256, "zipped": package.zipped, "unzipped": package.unzipped,
-            "compiled": package.compiled, "milliseconds": {module: round(found.seconds * 1000) for module, found in imports.items() if found}}
+    return {
+        "name": package.name,
+        "path": package.path,
+        "sha256": package.sha256,
+        "zipped": package.zipped,
+        "unzipped": package.unzipped,
+        "compiled": package.compiled,
+        "milliseconds": {
+            module: round(found.seconds * 1000) for module, found in imports.items() if found
+        },
+    }
+
 
 def package(
-    out_folder: Annotated[Path, Option("--out", help="Folder for the zip files.")] = Path("build"),
+    out_folder: Annotated[Path, Option("--out", help="Folder for the zip files.")] = Path(
+        "build"
+    ),
     python: Annotated[str, Option(help="Version of Python that will run them.")] = "3.13",
     architecture: Machine = "arm64",
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Build the Lambda packages, the same bytes from the same files."
     from snn.deploy.package import HANDLERS, build
+
     target = _target(python, architecture)
-    if out_folder.exists() and not out_folder.is_dir(): raise InputError(f"{out_folder}: is a file; --out needs a folder")
+    if out_folder.exists() and not out_folder.is_dir():
+        raise InputError(f"{out_folder}: is a file; --out needs a folder")
     built = [build(name, target) for name in HANDLERS]
     out_folder.mkdir(parents=True, exist_ok=True)
-    paths = [shutil.copy(p.path, out_folder / f"{p.name}-python{python}-{architecture}.zip") for p in built]
+    paths = [
+        shutil.copy(p.path, out_folder / f"{p.name}-python{python}-{architecture}.zip")
+        for p in built
+    ]
     facts = [{**_facts(p), "path": path} for p, path in zip(built, paths)]
-    if json: return print_json(facts)
-    for fact in facts: out.print(_line(fact))
-    if not built[0].compiled: out.print(f"No Python {python} is at hand, so nothing was compiled beforehand: cold starts will take half a second longer.")
-    elif not facts[0]["milliseconds"]: out.print(f"Import times can be measured only on {architecture}.")
+    if json:
+        return print_json(facts)
+    for fact in facts:
+        out.print(_line(fact))
+    if not built[0].compiled:
+        out.print(
+            f"No Python {python} is at hand, so nothing was compiled beforehand: cold starts will take half a second longer."
+        )
+    elif not facts[0]["milliseconds"]:
+        out.print(f"Import times can be measured only on {architecture}.")
+
 
 def _line(fact: dict) -> str:
     "A package in a few lines."
-    imports = "".join(f"\n  {module}: {milliseconds} ms to import" for module, milliseconds in fact["milliseconds"].items())
+    imports = "".join(
+        f"\n  {module}: {milliseconds} ms to import"
+        for module, milliseconds in fact["milliseconds"].items()
+    )
     return f"{fact['path']}: {fact['zipped'] / 1e6:.1f} MB ({fact['unzipped'] / 1e6:.1f} MB unzipped), SHA-256 {fact['sha256']}{imports}"
 
 # %% ../../nbs/cli/70_deploy.ipynb #f750b092
 def _ask(given: dict) -> dict:
     "Ask for what was not given; raises `InputError` if there is nobody to ask."
     from snn.deploy.inputs import QUESTIONS
+
     missing = [name for name, value in given.items() if value is None]
-    if missing and not sys.stdin.isatty(): raise InputError(f"not given: {', '.join('--' + name.replace('_', '-') for name in missing)}")
-    return {name: typer.prompt(QUESTIONS[name]) if value is None else value for name, value in given.items()}
+    if missing and not sys.stdin.isatty():
+        raise InputError(
+            f"not given: {', '.join('--' + name.replace('_', '-') for name in missing)}"
+        )
+    return {
+        name: typer.prompt(QUESTIONS[name]) if value is None else value
+        for name, value in given.items()
+    }
+
 
 def _tell(event) -> None:
     "A line of live progress."
-    if event.status.endswith(("COMPLETE", "FAILED")) or event.kind == "AWS::CloudFormation::Stack":
-        err.print(f"  {event.status:28} {event.resource} ({event.kind})" + (f": {event.reason}" if event.failed else ""), markup=False)
+    if (
+        event.status.endswith(("COMPLETE", "FAILED"))
+        or event.kind == "AWS::CloudFormation::Stack"
+    ):
+        err.print(
+            f"  {event.status:28} {event.resource} ({event.kind})"
+            + (f": {event.reason}" if event.failed else ""),
+            markup=False,
+        )
+
 
 def deploy(
-    bucket: Annotated[Optional[str], Option(help="Name of the S3 bucket to make, for data and models.")] = None,
+    bucket: Annotated[
+        Optional[str], Option(help="Name of the S3 bucket to make, for data and models.")
+    ] = None,
     stack: Annotated[Optional[str], Option(help="Name of the stack.")] = None,
-    github_user: Annotated[Optional[str], Option(help="GitHub user whose repository is used.")] = None,
-    connection: Annotated[Optional[str], Option(help="ARN of the CodeConnections connection to GitHub.")] = None,
+    github_user: Annotated[
+        Optional[str], Option(help="GitHub user whose repository is used.")
+    ] = None,
+    connection: Annotated[
+        Optional[str], Option(help="ARN of the CodeConnections connection to GitHub.")
+    ] = None,
     email: Annotated[Optional[str], Option(help="Who is told of runs and alarms.")] = None,
     region: Region = None,
     endpoint_url: Endpoint = None,
-    architecture: Annotated[Optional[str], Option(help="arm64 or x86_64; arm64 at first.")] = None,
+    architecture: Annotated[
+        Optional[str], Option(help="arm64 or x86_64; arm64 at first.")
+    ] = None,
     python: Annotated[str, Option(hidden=True)] = "3.13",
-    concurrency: Annotated[Optional[int], Option(min=0, help="Executions to reserve for NeuronLambda, as many for TrainerLambda; 0 for none.")] = None,
-    notebook: Annotated[Optional[bool], Option("--notebook/--no-notebook", help="Run a SageMaker notebook instance.")] = None,
-    tracing: Annotated[Optional[bool], Option("--tracing/--no-tracing", help="Trace invocations with X-Ray.")] = None,
-    pipeline: Annotated[Optional[bool], Option("--pipeline/--no-pipeline", help="Make a Prediction API of each trained model.")] = None,
-    certificate: Annotated[Optional[str], Option(help="ARN of a certificate for the Prediction API; it then speaks HTTPS.")] = None,
+    concurrency: Annotated[
+        Optional[int],
+        Option(
+            min=0,
+            help="Executions to reserve for NeuronLambda, as many for TrainerLambda; 0 for none.",
+        ),
+    ] = None,
+    notebook: Annotated[
+        Optional[bool],
+        Option("--notebook/--no-notebook", help="Run a SageMaker notebook instance."),
+    ] = None,
+    tracing: Annotated[
+        Optional[bool], Option("--tracing/--no-tracing", help="Trace invocations with X-Ray.")
+    ] = None,
+    pipeline: Annotated[
+        Optional[bool],
+        Option(
+            "--pipeline/--no-pipeline", help="Make a Prediction API of each trained model."
+        ),
+    ] = None,
+    certificate: Annotated[
+        Optional[str],
+        Option(help="ARN of a certificate for the Prediction API; it then speaks HTTPS."),
+    ] = None,
     domain: Annotated[Optional[str], Option(help="Name in the certificate.")] = None,
-    reviewers: Annotated[Optional[str], Option(help="Addresses, as 203.0.113.7/32, from which a new version may be looked at before it is approved.")] = "",
+    reviewers: Annotated[
+        Optional[str],
+        Option(
+            help="Addresses, as 203.0.113.7/32, from which a new version may be looked at before it is approved."
+        ),
+    ] = "",
 ) -> None:
     "Create or update the stack on AWS. What is not given stays as it was when the stack was last deployed."
     from snn.deploy import inputs as asked, stack as stacks
     from snn.deploy.package import HANDLERS, build
+
     _target(python, architecture or "arm64")
     _prediction(certificate, domain, reviewers)
-    inputs = asked.Inputs(**_ask({"bucket": bucket, "stack": stack, "github_user": github_user, "connection": connection, "email": email}))
+    inputs = asked.Inputs(
+        **_ask(
+            {
+                "bucket": bucket,
+                "stack": stack,
+                "github_user": github_user,
+                "connection": connection,
+                "email": email,
+            }
+        )
+    )
     account = asked.Account(region, endpoint_url)
     asked.check(account, inputs)
     before = asked.kept(account, inputs.stack)
-    given = {"Architecture": architecture, "NeuronConcurrency": concurrency, "Notebook": notebook, "Tracing": tracing, "Pipeline": pipeline,
-             "Certificate": certificate, "Domain": domain, "ReviewRange": reviewers}
+    given = {
+        "Architecture": architecture,
+        "NeuronConcurrency": concurrency,
+        "Notebook": notebook,
+        "Tracing": tracing,
+        "Pipeline": pipeline,
+        "Certificate": certificate,
+        "Domain": domain,
+        "ReviewRange": reviewers,
+    }
     options = _options(before, given, bool(endpoint_url))
     asked.concurrency(account, int(options["NeuronConcurrency"]), asked.reserved(before))
     if not endpoint_url and (count := asked.quota(account)) < asked.FEW:
-        err.print(f"Lambda may run only {count} functions at once in this account and region, as in new accounts: more are turned away and "
-                  "tried again seconds later, so granularity neuron will be slow; Service Quotas in the console raises it.", markup=False)
+        err.print(
+            f"Lambda may run only {count} functions at once in this account and region, as in new accounts: more are turned away and "
+            "tried again seconds later, so granularity neuron will be slow; Service Quotas in the console raises it.",
+            markup=False,
+        )
     architecture = options["Architecture"]
     target = _target(python, architecture)
     err.print(f"Building packages for Python {python} on {architecture} ...")
     packages = {name: build(name, target) for name in HANDLERS}
     err.print(f"Deploying {inputs.stack} to {account.region} ...")
-    word = stacks.deploy(account, inputs, packages, options, _tell, .5 if endpoint_url else 5)
-    if word == "unchanged": return out.print(f"Nothing has changed; stack - {inputs.stack} is as it should be", markup=False)
+    word = stacks.deploy(account, inputs, packages, options, _tell, 0.5 if endpoint_url else 5)
+    if word == "unchanged":
+        return out.print(
+            f"Nothing has changed; stack - {inputs.stack} is as it should be", markup=False
+        )
     out.print(f"Successfully {word} stack - {inputs.stack}", markup=False)
     out.print(_next_steps(inputs, options["Pipeline"] == "yes"), markup=False)
 
-FIRST = {"Architecture": "arm64", "NeuronConcurrency": "0", "Notebook": "yes", "Tracing": "PassThrough", "Pipeline": "yes"}
-SWITCHES = {"Notebook": ("no", "yes"), "Pipeline": ("no", "yes"), "Tracing": ("PassThrough", "Active")}
+
+FIRST = {
+    "Architecture": "arm64",
+    "NeuronConcurrency": "0",
+    "Notebook": "yes",
+    "Tracing": "PassThrough",
+    "Pipeline": "yes",
+}
+SWITCHES = {
+    "Notebook": ("no", "yes"),
+    "Pipeline": ("no", "yes"),
+    "Tracing": ("PassThrough", "Active"),
+}
+
 
 def _options(before: dict[str, str], given: dict, local: bool) -> dict[str, str]:
     "Parameters of main.yaml: as given, else as before, else as at first."
     say = lambda name, value: SWITCHES[name][value] if name in SWITCHES else str(value)
     said = {name: say(name, value) for name, value in given.items() if value is not None}
-    return {**FIRST, **before, **said, **({"Notebook": "no", "Pipeline": "no"} if local else {})}
+    return {
+        **FIRST,
+        **before,
+        **said,
+        **({"Notebook": "no", "Pipeline": "no"} if local else {}),
+    }
+
 
 def _prediction(certificate: str | None, domain: str | None, reviewers: str | None) -> None:
     "Raise `InputError` for options of the Prediction API that can't be right."
-    if bool(certificate) != bool(domain): raise InputError("--certificate and --domain go together: which certificate, and under which of its names")
-    if reviewers and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+/\d+", reviewers): raise InputError(f"--reviewers is {reviewers}; it looks like 203.0.113.7/32")
+    if bool(certificate) != bool(domain):
+        raise InputError(
+            "--certificate and --domain go together: which certificate, and under which of its names"
+        )
+    if reviewers and not re.fullmatch(r"\d+\.\d+\.\d+\.\d+/\d+", reviewers):
+        raise InputError(f"--reviewers is {reviewers}; it looks like 203.0.113.7/32")
+
 
 def _next_steps(inputs, pipeline: bool) -> str:
     "What to do after a deployment."
     snn = "snn" if shutil.which("snn") else ".venv/bin/snn"
-    api = f"\nWhen a mail says that a new version of the Prediction API waits:  {snn} approve --stack {inputs.stack}" if pipeline else ""
+    api = (
+        f"\nWhen a mail says that a new version of the Prediction API waits:  {snn} approve --stack {inputs.stack}"
+        if pipeline
+        else ""
+    )
     return f"""
 Next:
   1. Confirm the subscription: a mail has gone to {inputs.email}.
@@ -149,42 +284,66 @@ Next:
 def upload(
     stack: Stack,
     data: Annotated[Path, Option(help="A datasets.h5.")],
-    test: Annotated[Optional[Path], Option(help="The file with the test part, if --data holds the training part alone.")] = None,
-    parameters: Annotated[Optional[Path], Option(help="A parameters.json; without it, the one in the bucket is used.")] = None,
+    test: Annotated[
+        Optional[Path],
+        Option(help="The file with the test part, if --data holds the training part alone."),
+    ] = None,
+    parameters: Annotated[
+        Optional[Path],
+        Option(help="A parameters.json; without it, the one in the bucket is used."),
+    ] = None,
     region: Region = None,
     endpoint_url: Endpoint = None,
 ) -> None:
     "Start a run on AWS: parameters first, then the data set."
     from snn.deploy import runs
     from snn.deploy.inputs import Account, check_login
+
     account = Account(region, endpoint_url)
     check_login(account)
     run = runs.upload(account, stack, data, parameters, test)
-    out.print(f"Run {run} begins. Watch it with: snn watch --stack {stack} --run {run}", markup=False)
+    out.print(
+        f"Run {run} begins. Watch it with: snn watch --stack {stack} --run {run}", markup=False
+    )
+
 
 def watch(
     stack: Stack,
-    run: Annotated[Optional[str], Option(help="Id of the run; without it, that of the files in the bucket.")] = None,
+    run: Annotated[
+        Optional[str],
+        Option(help="Id of the run; without it, that of the files in the bucket."),
+    ] = None,
     region: Region = None,
     endpoint_url: Endpoint = None,
-    every: Annotated[float, Option(min=.1, help="Seconds between looks.")] = 5.0,
-    patience: Annotated[float, Option(min=1, help="Seconds without a new epoch after which to give up.")] = 3600.0,
+    every: Annotated[float, Option(min=0.1, help="Seconds between looks.")] = 5.0,
+    patience: Annotated[
+        float, Option(min=1, help="Seconds without a new epoch after which to give up.")
+    ] = 3600.0,
 ) -> None:
     "Follow a run on AWS until its results are there."
     from snn.deploy import runs
     from snn.deploy.inputs import Account, check_login
+
     account = Account(region, endpoint_url)
     check_login(account)
     bucket = runs.bucket_of(account, stack)
     run = run or runs.newest_run(account, bucket)
     last = []
+
     def tell(news) -> None:
-        for line in news.errors: err.print(line, markup=False)
+        for line in news.errors:
+            err.print(line, markup=False)
         cost = f", cost {news.cost:.6f}" if news.cost is not None else ""
         spent = f", {money(news.spent)} spent" if news.spent is not None else ""
-        if [news.epochs] != last: err.print(f"{news.epochs} epochs{cost}{spent}"); last[:] = [news.epochs]
+        if [news.epochs] != last:
+            err.print(f"{news.epochs} epochs{cost}{spent}")
+            last[:] = [news.epochs]
+
     runs.watch(account, stack, run, tell, every, patience)
-    out.print(f"Run {run} has finished: s3://{bucket}/training_results/{run}/results.json and s3://{bucket}/prediction_input/params.h5", markup=False)
+    out.print(
+        f"Run {run} has finished: s3://{bucket}/training_results/{run}/results.json and s3://{bucket}/prediction_input/params.h5",
+        markup=False,
+    )
 
 # %% ../../nbs/cli/70_deploy.ipynb #4b7b35b1
 def approve(
@@ -196,10 +355,16 @@ def approve(
     "Let the new version of the Prediction API that waits answer the world, or send it back."
     from snn.deploy import approval
     from snn.deploy.inputs import Account, check_login
+
     account = Account(region, endpoint_url)
     check_login(account)
     approval.answer(account, stack, yes)
-    out.print(f"The new version of {stack} is switched in; the old one stays at hand for some minutes" if yes else f"The new version of {stack} is sent back; the old one goes on", markup=False)
+    out.print(
+        f"The new version of {stack} is switched in; the old one stays at hand for some minutes"
+        if yes
+        else f"The new version of {stack} is sent back; the old one goes on",
+        markup=False,
+    )
 
 # %% ../../nbs/cli/70_deploy.ipynb #2ca7d8c5
 def destroy(
@@ -211,11 +376,21 @@ def destroy(
     "Delete the stack, and all that it has ever made."
     from snn.deploy import teardown
     from snn.deploy.inputs import Account, check_login
+
     account = Account(region, endpoint_url)
     check_login(account)
     if not yes:
-        if not sys.stdin.isatty(): raise InputError("there is nobody to ask; give --yes")
-        if not typer.confirm(f"Delete {stack} in {account.region} with all its data, models and logs?"): raise InputError("nothing was deleted")
-    remains = teardown.destroy(account, stack, _tell, .5 if endpoint_url else 5)
-    if remains: raise RuntimeError("\n".join(["These could not be deleted:", *(f"  {r.what}: {r.why}" for r in remains)]))
+        if not sys.stdin.isatty():
+            raise InputError("there is nobody to ask; give --yes")
+        if not typer.confirm(
+            f"Delete {stack} in {account.region} with all its data, models and logs?"
+        ):
+            raise InputError("nothing was deleted")
+    remains = teardown.destroy(account, stack, _tell, 0.5 if endpoint_url else 5)
+    if remains:
+        raise RuntimeError(
+            "\n".join(
+                ["These could not be deleted:", *(f"  {r.what}: {r.why}" for r in remains)]
+            )
+        )
     out.print(f"Successfully deleted stack - {stack}; nothing of it is left", markup=False)

@@ -19,75 +19,159 @@ from ..maths.parameters import InputError
 # %% ../../nbs/cli/07_estimate.ipynb #1bfb74d6
 GRANULARITIES = ("neuron", "layer", "network")
 
+
 def size(
     count: float,  # bytes
 ) -> str:
     "Bytes as one would say them."
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB": return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
         count /= 1000
 
 # %% ../../nbs/cli/07_estimate.ipynb #cc1cb68e
-def _rows(e) -> dict[str, str]: # of an `estimate.Estimate`
+def _rows(e) -> dict[str, str]:  # of an `estimate.Estimate`
     "What is said of one granularity, by the name of the row."
     span = lambda r, say: f"{say(r.low)} to {say(r.high)}" if e.draws else ""
     seconds, epoch, nearest = (lambda s: f"{s:.2g} s"), e.per_epoch, e.quotas[0]
-    return {"an epoch": "", "  invocations": f"{sum(epoch.invocations.values()):,}", "  messages": f"{epoch.messages:,}", "  ledger writes": f"{epoch.writes:,}",
-            "  bytes stored": size(epoch.stored), "  bytes asked for": size(epoch.asked), "  weights stored": f"{size(epoch.weights[0])} to {size(epoch.weights[1])}",
-            "  time": seconds(e.seconds_per_epoch.value), "    probably": span(e.seconds_per_epoch, seconds), f"{e.epochs:,} epochs": "", "  invocations ": f"{sum(e.work.invocations.values()):,}",
-            "  time ": duration(e.seconds.value), "    probably ": span(e.seconds, duration), **{f"  {service}": money(dollars) for service, dollars in e.bill.items()},
-            "  in all": money(e.dollars.value), "    probably  ": span(e.dollars, money), "nearest quota": f"{nearest.name}, {nearest.share:.0%}"}
+    return {
+        "an epoch": "",
+        "  invocations": f"{sum(epoch.invocations.values()):,}",
+        "  messages": f"{epoch.messages:,}",
+        "  ledger writes": f"{epoch.writes:,}",
+        "  bytes stored": size(epoch.stored),
+        "  bytes asked for": size(epoch.asked),
+        "  weights stored": f"{size(epoch.weights[0])} to {size(epoch.weights[1])}",
+        "  time": seconds(e.seconds_per_epoch.value),
+        "    probably": span(e.seconds_per_epoch, seconds),
+        f"{e.epochs:,} epochs": "",
+        "  invocations ": f"{sum(e.work.invocations.values()):,}",
+        "  time ": duration(e.seconds.value),
+        "    probably ": span(e.seconds, duration),
+        **{f"  {service}": money(dollars) for service, dollars in e.bill.items()},
+        "  in all": money(e.dollars.value),
+        "    probably  ": span(e.dollars, money),
+        "nearest quota": f"{nearest.name}, {nearest.share:.0%}",
+    }
+
 
 def _table(found: dict) -> Table:
     table = Table("", *found, box=None)
     rows = {granularity: _rows(e) for granularity, e in found.items()}
-    for name in next(iter(rows.values())): table.add_row(name.rstrip(), *(columns[name] for columns in rows.values()))
+    for name in next(iter(rows.values())):
+        table.add_row(name.rstrip(), *(columns[name] for columns in rows.values()))
     return table
 
 # %% ../../nbs/cli/07_estimate.ipynb #ab43f23a
 def best(
     found: dict,  # estimates by granularity
-) -> tuple[str, str]: # the cheapest and the fastest granularity
-    return min(found, key=lambda g: found[g].dollars.value), min(found, key=lambda g: found[g].seconds.value)
+) -> tuple[str, str]:  # the cheapest and the fastest granularity
+    return min(found, key=lambda g: found[g].dollars.value), min(
+        found, key=lambda g: found[g].seconds.value
+    )
+
 
 def _verdict(found: dict) -> str:
     "Which granularity to take."
     cheapest, fastest = best(found)
-    says = lambda g: f"{g}, {money(found[g].dollars.value)} and {duration(found[g].seconds.value)}"
-    return f"Cheapest and fastest: {says(cheapest)}." if cheapest == fastest else f"Cheapest: {says(cheapest)}. Fastest: {says(fastest)}."
+    says = lambda g: (
+        f"{g}, {money(found[g].dollars.value)} and {duration(found[g].seconds.value)}"
+    )
+    return (
+        f"Cheapest and fastest: {says(cheapest)}."
+        if cheapest == fastest
+        else f"Cheapest: {says(cheapest)}. Fastest: {says(fastest)}."
+    )
+
 
 def _staying(found: dict, stay: dict) -> str:
     "What functions that stay would change."
-    says = [f"{g} with \"residents\": {count} {money(e.dollars.value)} and {duration(e.seconds.value)}" for g, (count, e) in stay.items()]
+    says = [
+        f'{g} with "residents": {count} {money(e.dollars.value)} and {duration(e.seconds.value)}'
+        for g, (count, e) in stay.items()
+    ]
     return f"If functions stay: {'; '.join(says)}."
+
 
 def _warnings(found: dict) -> list[str]:
     "Limits that a run would pass."
-    return [f"At granularity {g}, {q.name} would need {q.used:,.0f} of {q.limit:,.0f} {q.unit}." for g, e in found.items() for q in e.quotas if q.share > 1]
+    return [
+        f"At granularity {g}, {q.name} would need {q.used:,.0f} of {q.limit:,.0f} {q.unit}."
+        for g, e in found.items()
+        for q in e.quotas
+        if q.share > 1
+    ]
+
 
 def estimate(
-    parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
-    data: Annotated[Optional[Path], Option(help="A datasets.h5, of which only the size is read. Without it, the drawn data set is assumed.")] = None,
+    parameters: Annotated[
+        Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
+    ] = Path("parameters.json"),
+    data: Annotated[
+        Optional[Path],
+        Option(
+            help="A datasets.h5, of which only the size is read. Without it, the drawn data set is assumed."
+        ),
+    ] = None,
     region: Annotated[str, Option(help="AWS region whose prices are taken.")] = "us-east-1",
-    granularity: Annotated[Optional[str], Option(help="neuron, layer or network; all three, if not given.")] = None,
-    epochs: Annotated[Optional[int], Option(min=1, help="Epochs that the run will take; without it, as many as it may take.")] = None,
-    prices: Annotated[Optional[Path], Option(help="A JSON file with prices, latencies and quotas that differ from ours.")] = None,
+    granularity: Annotated[
+        Optional[str], Option(help="neuron, layer or network; all three, if not given.")
+    ] = None,
+    epochs: Annotated[
+        Optional[int],
+        Option(
+            min=1, help="Epochs that the run will take; without it, as many as it may take."
+        ),
+    ] = None,
+    prices: Annotated[
+        Optional[Path],
+        Option(help="A JSON file with prices, latencies and quotas that differ from ours."),
+    ] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Say what a run on AWS will do, cost and take, before anything is deployed. Needs no network."
     from snn.cloud.prices import load
     from snn.estimate import estimate as estimating
-    if granularity not in (None, *GRANULARITIES): raise InputError(f"--granularity is {granularity}; it may be {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}")
+
+    if granularity not in (None, *GRANULARITIES):
+        raise InputError(
+            f"--granularity is {granularity}; it may be {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
+        )
     chosen, book = chosen_parameters(parameters), load(prices, region)
     plan = estimating.planned(chosen, *estimating.data_size(data))
-    found = estimating.estimates(plan, book, epochs, (granularity,) if granularity else GRANULARITIES)
-    stay = {} if chosen.residents else estimating.with_functions_that_stay(plan, book, epochs, tuple(found))
-    if json: return print_json({"region": region, "images": plan.images, "size": plan.size, "batches": plan.batches, "estimates": found,
-                                "residents": {g: {"residents": count, "estimate": e} for g, (count, e) in stay.items()},
-                                **(dict(zip(("cheapest", "fastest"), best(found))))})
-    out.print(f"{plan.images} images of {plan.size}x{plan.size} pixels in {plan.batches} mini-batches, {'-'.join(map(str, chosen.sizes))} neurons, prices of {region}.\n", markup=False)
+    found = estimating.estimates(
+        plan, book, epochs, (granularity,) if granularity else GRANULARITIES
+    )
+    stay = (
+        {}
+        if chosen.residents
+        else estimating.with_functions_that_stay(plan, book, epochs, tuple(found))
+    )
+    if json:
+        return print_json(
+            {
+                "region": region,
+                "images": plan.images,
+                "size": plan.size,
+                "batches": plan.batches,
+                "estimates": found,
+                "residents": {
+                    g: {"residents": count, "estimate": e} for g, (count, e) in stay.items()
+                },
+                **(dict(zip(("cheapest", "fastest"), best(found)))),
+            }
+        )
+    out.print(
+        f"{plan.images} images of {plan.size}x{plan.size} pixels in {plan.batches} mini-batches, {'-'.join(map(str, chosen.sizes))} neurons, prices of {region}.\n",
+        markup=False,
+    )
     out.print(_table(found))
     out.print(f"\n{_verdict(found)}", markup=False)
-    if stay: out.print(_staying(found, stay), markup=False)
-    for line in _warnings(found): out.print(line, markup=False)
-    out.print("Times are simulated; probably: nine in ten draws of what is not known. Free tiers are not taken off.", markup=False)
+    if stay:
+        out.print(_staying(found, stay), markup=False)
+    for line in _warnings(found):
+        out.print(line, markup=False)
+    out.print(
+        "Times are simulated; probably: nine in ten draws of what is not known. Free tiers are not taken off.",
+        markup=False,
+    )

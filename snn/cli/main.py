@@ -20,8 +20,12 @@ from .console import Stopped, err, stop_cleanly
 from ..maths.parameters import InputError
 
 # %% ../../nbs/cli/99_main.ipynb #3e6c922c
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-                  help="A neural network whose neurons are Lambda functions.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A neural network whose neurons are Lambda functions.",
+)
 app.command()(train.train)
 app.command()(train.local)
 app.command()(model.predict)
@@ -30,17 +34,31 @@ app.command()(estimate.estimate)
 app.command()(serve.serve)
 app.command()(stories.pipeline)
 app.command()(stories.replay)
-for command in (deploy.package, deploy.deploy, deploy.upload, deploy.watch, deploy.approve, deploy.destroy): app.command()(command)
-for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench): app.command()(command)
+for command in (
+    deploy.package,
+    deploy.deploy,
+    deploy.upload,
+    deploy.watch,
+    deploy.approve,
+    deploy.destroy,
+):
+    app.command()(command)
+for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench):
+    app.command()(command)
 app.add_typer(data.app, name="data")
 
 # %% ../../nbs/cli/99_main.ipynb #f4513b37
 def _version(wanted: bool) -> None:
-    if wanted: print(f"snn {__version__}"); raise typer.Exit()
+    if wanted:
+        print(f"snn {__version__}")
+        raise typer.Exit()
+
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     "A neural network whose neurons are Lambda functions."
 
@@ -49,12 +67,21 @@ def main() -> None:
     "Run a command; errors of the user's become one sentence."
     stop_cleanly()
     os.environ.pop("MPLBACKEND", None)  # a notebook's own screen; we draw into files
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")  # no name ends a command
-    try: app()
-    except InputError as error: _end(str(error).replace("\n", "\\n"), 2)
-    except Stopped as stop: _end("Stopped. Nothing is left running.", stop.code)
-    except RuntimeError as error: _end(str(error), 1)
-    except OSError as error: _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)  # as when the disk is full
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no name ends a command
+    try:
+        app()
+    except InputError as error:
+        _end(str(error).replace("\n", "\\n"), 2)
+    except Stopped as stop:
+        _end("Stopped. Nothing is left running.", stop.code)
+    except RuntimeError as error:
+        _end(str(error), 1)
+    except OSError as error:
+        _end(
+            f"{error.filename or 'a file'}: {error.strerror or error}", 1
+        )  # as when the disk is full
+
 
 def _end(sentence: str, code: int) -> None:
     err.print(sentence, style="red" if code < 100 else None)

@@ -22,6 +22,7 @@ from ..maths.photographs import read_photograph
 Model = Annotated[Path, Option(help="A params.h5.")]
 Json = Annotated[bool, Option("--json", help="JSON on standard output.")]
 
+
 def predict(
     images: Annotated[list[Path], Argument(help="Pictures of any size and kind.")],
     model: Model,
@@ -30,10 +31,16 @@ def predict(
     "Ask a model about pictures."
     trained = models.read(model)
     pictures = np.stack([read_photograph(image, trained.size) for image in images])
-    answers = [{"image": image, "probability": float(p), "class": trained.classes[int(p >= .5)]}
-               for image, p in zip(images, trained.probabilities(pictures))]
-    if json: return print_json(answers)
-    for answer in answers: out.print(f"{answer['image']}: {answer['class']} ({answer['probability']:.1%} sure that it is a {trained.classes[1]})")
+    answers = [
+        {"image": image, "probability": float(p), "class": trained.classes[int(p >= 0.5)]}
+        for image, p in zip(images, trained.probabilities(pictures))
+    ]
+    if json:
+        return print_json(answers)
+    for answer in answers:
+        out.print(
+            f"{answer['image']}: {answer['class']} ({answer['probability']:.1%} sure that it is a {trained.classes[1]})"
+        )
 
 # %% ../../nbs/cli/03_model.ipynb #5a76fa44
 def _table(evaluation: models.Evaluation, classes: tuple[str, str]) -> str:
@@ -49,6 +56,7 @@ cost                {evaluation.cost:.6f}
 it is {no:13} {tn:<17} {fp}
 it is {yes:13} {fn:<17} {tp}"""
 
+
 def evaluate(
     model: Model,
     data: Annotated[Path, Option(help="A datasets.h5; its test part is used.")],
@@ -58,7 +66,10 @@ def evaluate(
     trained, (images, labels) = models.read(model), datasets.read_test(data)
     size = images.shape[1]
     if size != trained.size:
-        raise InputError(f"{model} takes images of {trained.size}x{trained.size} pixels, but {data} holds images of {size}x{size}")
+        raise InputError(
+            f"{model} takes images of {trained.size}x{trained.size} pixels, but {data} holds images of {size}x{size}"
+        )
     evaluation = models.evaluate(trained, images, labels)
-    if json: return print_json(evaluation)
+    if json:
+        return print_json(evaluation)
     out.print(_table(evaluation, trained.classes))

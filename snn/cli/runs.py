@@ -28,15 +28,27 @@ from ..maths.parameters import InputError
 Json = Annotated[bool, Option("--json", help="JSON on standard output.")]
 Run = Annotated[str, Argument(help="The run's id, as snn runs shows it.")]
 
+
 def _services() -> Services:
     "The services of the environment; raises `InputError` if there are none."
     url = os.environ.get("SNN_REDIS_URL")
-    if not url: raise InputError("SNN_REDIS_URL is not set; it says where the parameter server is, and snn local prints it")
+    if not url:
+        raise InputError(
+            "SNN_REDIS_URL is not set; it says where the parameter server is, and snn local prints it"
+        )
     services = Services()
-    try: services.store
-    except redis.AuthenticationError: raise InputError("the parameter server refuses the user or password of SNN_REDIS_URL") from None
-    except (redis.ConnectionError, redis.TimeoutError): raise InputError("the parameter server that SNN_REDIS_URL names does not answer") from None
+    try:
+        services.store
+    except redis.AuthenticationError:
+        raise InputError(
+            "the parameter server refuses the user or password of SNN_REDIS_URL"
+        ) from None
+    except (redis.ConnectionError, redis.TimeoutError):
+        raise InputError(
+            "the parameter server that SNN_REDIS_URL names does not answer"
+        ) from None
     return services
+
 
 def facts(
     services: Services,
@@ -44,96 +56,179 @@ def facts(
 ) -> dict:
     "What is known of a run; raises `InputError` if nothing is."
     run = services.runs.newest(name)
-    if not services.runs.knows(run): raise InputError(f"no run {name}; snn runs lists those that there are")
+    if not services.runs.knows(run):
+        raise InputError(f"no run {name}; snn runs lists those that there are")
     plan, status = services.runs.plan(run), services.runs.status(run)
     counts = services.ledger.counts(plan)
     at, ended = (time.time(), False) if status.state == "running" else (status.updated, True)
-    meter = reading(plan, counts, status, at, nearest(services.environment.get("AWS_REGION", "")), ended)
+    meter = reading(
+        plan, counts, status, at, nearest(services.environment.get("AWS_REGION", "")), ended
+    )
     total = lambda field: sum(getattr(count, field) for count in counts.values())
-    return {"run": plan.name, "state": status.state, "reason": status.reason, "epoch": status.epoch + 1, "epochs": plan.parameters.epochs,
-            "cost": status.cost, "granularity": plan.parameters.granularity, "invocations": total("attempts"), "finished": total("finished"),
-            "duplicates": total("duplicates"), "retries": max(0, total("attempts") - total("finished") - total("duplicates")),
-            "mended": services.runs.counted(run, "mended"), "resumed": int(run.partition("~")[2] or 0), "spent": meter}
+    return {
+        "run": plan.name,
+        "state": status.state,
+        "reason": status.reason,
+        "epoch": status.epoch + 1,
+        "epochs": plan.parameters.epochs,
+        "cost": status.cost,
+        "granularity": plan.parameters.granularity,
+        "invocations": total("attempts"),
+        "finished": total("finished"),
+        "duplicates": total("duplicates"),
+        "retries": max(0, total("attempts") - total("finished") - total("duplicates")),
+        "mended": services.runs.counted(run, "mended"),
+        "resumed": int(run.partition("~")[2] or 0),
+        "spent": meter,
+    }
+
 
 def spending(
     meter: Reading,
 ) -> str:
     "What a run has cost, in a line."
-    return (f"{money(meter.dollars)} at AWS's prices in {meter.region}: {money(meter.per_epoch)} an epoch, {money(meter.per_neuron)} a neuron; most of it for "
-            f"{max(meter.bill, key=meter.bill.get)}")
+    return (
+        f"{money(meter.dollars)} at AWS's prices in {meter.region}: {money(meter.per_epoch)} an epoch, {money(meter.per_neuron)} a neuron; most of it for "
+        f"{max(meter.bill, key=meter.bill.get)}"
+    )
 
 # %% ../../nbs/cli/05_runs.ipynb #92917c4c
 def runs(json: Json = False) -> None:
     "List all runs that the parameter server knows."
     services = _services()
-    found = [facts(services, name) for name in dict.fromkeys(name.split("~")[0] for name in services.runs.names())]
-    if json: return print_json(found)
-    if not found: return out.print("No runs yet. An upload to training_input/ starts one.")
+    found = [
+        facts(services, name)
+        for name in dict.fromkeys(name.split("~")[0] for name in services.runs.names())
+    ]
+    if json:
+        return print_json(found)
+    if not found:
+        return out.print("No runs yet. An upload to training_input/ starts one.")
     table = Table("run", "state", "epoch", "cost", "invocations", "spent", box=None)
     for f in found:
-        table.add_row(f["run"], f["state"], f"{f['epoch']}/{f['epochs']}", "" if f["cost"] is None else f"{f['cost']:.5f}", f"{f['invocations']:,}", money(f["spent"].dollars))
+        table.add_row(
+            f["run"],
+            f["state"],
+            f"{f['epoch']}/{f['epochs']}",
+            "" if f["cost"] is None else f"{f['cost']:.5f}",
+            f"{f['invocations']:,}",
+            money(f["spent"].dollars),
+        )
     out.print(table)
+
 
 def status(run: Run, json: Json = False) -> None:
     "Say how far a run is, and what went wrong and was mended."
     found = facts(_services(), run)
-    if json: return print_json(found)
+    if json:
+        return print_json(found)
     found["spent"] = spending(found["spent"])
     for name, value in found.items():
-        if value not in (None, ""): out.print(f"{name:12} {value}")
+        if value not in (None, ""):
+            out.print(f"{name:12} {value}")
+
 
 def stop(run: Run) -> None:
     "Stop a run. Its last checkpoint stays, and it can be resumed."
     from snn.handlers.inputs import end_early
+
     services = _services()
     found = facts(services, run)
-    if found["state"] != "running": raise InputError(f"run {run} is not running: it has {found['state']}")
-    end_early(services.runs.plan(services.runs.newest(run)), services, "stopped", "its owner asked for it")
+    if found["state"] != "running":
+        raise InputError(f"run {run} is not running: it has {found['state']}")
+    end_early(
+        services.runs.plan(services.runs.newest(run)),
+        services,
+        "stopped",
+        "its owner asked for it",
+    )
     out.print(f"Stopped run {run} after {found['epoch']} epochs.")
 
 # %% ../../nbs/cli/05_runs.ipynb #b093694c
 def resume(
-    run: Annotated[Optional[str], Argument(help="A run of the parameter server that SNN_REDIS_URL names; without it, the run cut short in --out.")] = None,
-    out_folder: Annotated[Path, Option("--out", help="Folder of a training that was cut short.")] = Path("out"),
+    run: Annotated[
+        Optional[str],
+        Argument(
+            help="A run of the parameter server that SNN_REDIS_URL names; without it, the run cut short in --out."
+        ),
+    ] = None,
+    out_folder: Annotated[
+        Path, Option("--out", help="Folder of a training that was cut short.")
+    ] = Path("out"),
     bucket: Annotated[str, Option(help="Bucket of the run, with a run's id.")] = "snn",
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: Json = False,
 ) -> None:
     "Take up a run that was cut short, from its newest checkpoint."
-    if run: return _resume_there(run, bucket)
+    if run:
+        return _resume_there(run, bucket)
     from snn.local import training
+
     plan = training.cut_short(out_folder)
-    if not quiet: err.print(f"Taking up run {plan.name}.")
-    with TrainingProgress(plan.parameters.epochs, quiet) as shown: outcome = training.resume(out_folder, shown.report)
-    if json: return print_json(outcome._asdict())
-    if not quiet: out.print(summary(outcome))
+    if not quiet:
+        err.print(f"Taking up run {plan.name}.")
+    with TrainingProgress(plan.parameters.epochs, quiet) as shown:
+        outcome = training.resume(out_folder, shown.report)
+    if json:
+        return print_json(outcome._asdict())
+    if not quiet:
+        out.print(summary(outcome))
+
 
 def _resume_there(run: str, bucket: str) -> None:
     "Take up a run in the cloud where it was."
     from snn.handlers import checkpoint
+
     services = _services()
-    out.print(f"Run {run} goes on as {checkpoint.resume(run, services.bucket(bucket), services)}.")
+    out.print(
+        f"Run {run} goes on as {checkpoint.resume(run, services.bucket(bucket), services)}."
+    )
 
 # %% ../../nbs/cli/05_runs.ipynb #d2250b4e
 def faults(
     count: Annotated[int, Option("--runs", min=1, help="Runs for each kind of fault.")] = 5,
     granularity: Annotated[str, Option(help="neuron, layer or network.")] = "neuron",
     seed: Annotated[int, Option(min=0, help="Other seeds, other accidents.")] = 0,
-    rate: Annotated[float, Option(min=0, max=.3, help="Faults per message.")] = .1,
+    rate: Annotated[float, Option(min=0, max=0.3, help="Faults per message.")] = 0.1,
     json: Json = False,
 ) -> None:
     "Break a small training in every way there is, and see whether the weights are the same."
     from snn.local import faults as lab
     from snn.local.server import parameter_server
     from snn.maths.parameters import from_dict
+
     parameters, rows = from_dict({**lab.SMALL, "granularity": granularity}), []
-    if not json: out.print(f"{'faults':10} {'runs':>5} {'injected':>9} {'mended':>7} {'weights equal':>14} {'invocations':>12}")
-    if os.environ.get("SNN_REDIS_URL"): raise InputError("the fault lab empties its parameter server; unset SNN_REDIS_URL, and it starts one of its own")
+    if not json:
+        out.print(
+            f"{'faults':10} {'runs':>5} {'injected':>9} {'mended':>7} {'weights equal':>14} {'invocations':>12}"
+        )
+    if os.environ.get("SNN_REDIS_URL"):
+        raise InputError(
+            "the fault lab empties its parameter server; unset SNN_REDIS_URL, and it starts one of its own"
+        )
     with parameter_server() as server:
         for kinds in [*((kind,) for kind in lab.KINDS), lab.KINDS]:
-            row = lab.table_row(kinds, range(seed, seed + count), server.url, parameters, lab.small_datasets(), rate)
+            row = lab.table_row(
+                kinds,
+                range(seed, seed + count),
+                server.url,
+                parameters,
+                lab.small_datasets(),
+                rate,
+            )
             rows.append(row._asdict())
-            equal = "yes" if row.equal == row.runs else f"NO, {row.runs - row.equal} of {row.runs} differ"
-            if not json: out.print(f"{row.faults:10} {row.runs:5} {row.injected:9} {row.mended:7} {equal:>14} {row.invocations:11.2f}x")
-    if json: print_json(rows)
-    if any(row["equal"] < row["runs"] for row in rows): raise RuntimeError("some runs ended with other weights; run the same seed again to see which")
+            equal = (
+                "yes"
+                if row.equal == row.runs
+                else f"NO, {row.runs - row.equal} of {row.runs} differ"
+            )
+            if not json:
+                out.print(
+                    f"{row.faults:10} {row.runs:5} {row.injected:9} {row.mended:7} {equal:>14} {row.invocations:11.2f}x"
+                )
+    if json:
+        print_json(rows)
+    if any(row["equal"] < row["runs"] for row in rows):
+        raise RuntimeError(
+            "some runs ended with other weights; run the same seed again to see which"
+        )

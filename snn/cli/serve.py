@@ -19,10 +19,20 @@ from ..maths.parameters import InputError
 def _port(host: str, port: int) -> socket.socket:
     "The port, taken; raises `InputError`."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try: return socket.create_server((host, port), family=family, backlog=2048)
-    except OverflowError: raise InputError(f"port is {port}; it may be 0 to 65535, and 0 takes any free one") from None
-    except socket.gaierror: raise InputError(f"host is {host}; it may be an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them") from None
-    except OSError as error: raise InputError(f"port {port} of {host} can't be taken: {os.strerror(error.errno).lower() if error.errno else error}; choose another with --port or --host") from None
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OverflowError:
+        raise InputError(
+            f"port is {port}; it may be 0 to 65535, and 0 takes any free one"
+        ) from None
+    except socket.gaierror:
+        raise InputError(
+            f"host is {host}; it may be an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"port {port} of {host} can't be taken: {os.strerror(error.errno).lower() if error.errno else error}; choose another with --port or --host"
+        ) from None
 
 # %% ../../nbs/cli/60_serve.ipynb #bef23d48
 def _application(model: Path, data: Path | None, run: Path | None, at_a_time: int):
@@ -31,8 +41,11 @@ def _application(model: Path, data: Path | None, run: Path | None, at_a_time: in
         from snn.serve.api import Settings, create
         from snn.serve.model import Live, Sources
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("snn"): raise
-        raise InputError(f"serving needs the package {error.name}; install it with: pip install 'snn[serve]'") from None
+        if (error.name or "").startswith("snn"):
+            raise
+        raise InputError(
+            f"serving needs the package {error.name}; install it with: pip install 'snn[serve]'"
+        ) from None
     return create(Live(Sources(model, data, run)), Settings(requests=at_a_time))
 
 # %% ../../nbs/cli/60_serve.ipynb #f8dbed9a
@@ -40,23 +53,53 @@ def _start(application, listening: socket.socket) -> None:
     "Serve until Ctrl-C or SIGTERM; requests under way are finished."
     import logging
     import uvicorn
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpcore2").setLevel(logging.WARNING)
-    uvicorn.Server(uvicorn.Config(application, access_log=False, server_header=False, log_level="warning", timeout_graceful_shutdown=30,
-                                  timeout_keep_alive=65)).run(sockets=[listening])
+    uvicorn.Server(
+        uvicorn.Config(
+            application,
+            access_log=False,
+            server_header=False,
+            log_level="warning",
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=65,
+        )
+    ).run(sockets=[listening])
 
 # %% ../../nbs/cli/60_serve.ipynb #fdd10c93
 def serve(
-    model: Annotated[Path, typer.Option(help="Trained model, a params.h5. Replace the file, and the new model answers within a second.")],
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")]=8000,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")]="127.0.0.1",
-    data: Annotated[Path | None, typer.Option(help="A datasets.h5; its test part tells how good the model is.")]=None,
-    run: Annotated[Path | None, typer.Option(help="The run.json of the training; /model shows its name, its cost and its data's ETag.")]=None,
-    at_a_time: Annotated[int, typer.Option(min=1, help="Requests to work on at a time; more are told to come back.")]=64,
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="Trained model, a params.h5. Replace the file, and the new model answers within a second."
+        ),
+    ],
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A datasets.h5; its test part tells how good the model is."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run.json of the training; /model shows its name, its cost and its data's ETag."
+        ),
+    ] = None,
+    at_a_time: Annotated[
+        int,
+        typer.Option(min=1, help="Requests to work on at a time; more are told to come back."),
+    ] = 64,
 ) -> None:
     "Serve a trained model: a page for people and an API for programs."
     application = _application(model, data, run, at_a_time)
     listening = _port(host, port)
     shown = f"[{host}]" if ":" in host else host
-    print(f"Model {application.state.service.live.current.id} answers at http://{shown}:{listening.getsockname()[1]}/ (stop with Ctrl-C)", flush=True)
+    print(
+        f"Model {application.state.service.live.current.id} answers at http://{shown}:{listening.getsockname()[1]}/ (stop with Ctrl-C)",
+        flush=True,
+    )
     _start(application, listening)

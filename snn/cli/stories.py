@@ -18,75 +18,155 @@ from ..maths.parameters import InputError
 # %% ../../nbs/cli/50_stories.ipynb #7adad669
 class Teller:
     "Shows the news of a pipeline."
-    def __init__(self,
+
+    def __init__(
+        self,
         epochs: int,  # of the full training, at most
     ):
         self.epochs, self.number, self.training = epochs, 0, None
 
     def report(self, event) -> None:
         "Show one piece of news."
-        if event.training: return self.training.report(event.training)
+        if event.training:
+            return self.training.report(event.training)
         if event.seconds is None:
             self.number += 1
             err.print(f"{self.number}/5 {event.stage} ...")
-            if event.stage == "training": self.training = TrainingProgress(self.epochs); self.training.__enter__()
+            if event.stage == "training":
+                self.training = TrainingProgress(self.epochs)
+                self.training.__enter__()
             return
-        if event.stage == "training": self.close()
+        if event.stage == "training":
+            self.close()
         err.print(f"    done in {duration(event.seconds)}")
 
     def close(self) -> None:
         "Take the training's progress off the screen."
-        if self.training: self.training.__exit__()
+        if self.training:
+            self.training.__exit__()
         self.training = None
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 # %% ../../nbs/cli/50_stories.ipynb #4178d54d
 def pipeline(
-    out_folder: Annotated[Path, Option("--out", help="Folder for notebooks, results, model and report.")] = Path("out"),
-    data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, one is drawn.")] = None,
-    parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json, for the full training.")] = Path("parameters.json"),
-    epochs: Annotated[Optional[int], Option(help="Epochs of the full training at most, instead of the file's.")] = None,
-    codebook_epochs: Annotated[int, Option(min=1, help="Epochs of the sample training in the Codebook.")] = 10,
-    granularity: Annotated[Optional[str], Option(help="Of the full training: neuron, layer or network.")] = None,
-    aggregation: Annotated[Optional[str], Option(help="Of the full training: best or mean.")] = None,
+    out_folder: Annotated[
+        Path, Option("--out", help="Folder for notebooks, results, model and report.")
+    ] = Path("out"),
+    data: Annotated[
+        Optional[Path], Option(help="A datasets.h5. Without it, one is drawn.")
+    ] = None,
+    parameters: Annotated[
+        Path,
+        Option(
+            envvar="SNN_PARAMETERS",
+            show_envvar=False,
+            help="A parameters.json, for the full training.",
+        ),
+    ] = Path("parameters.json"),
+    epochs: Annotated[
+        Optional[int],
+        Option(help="Epochs of the full training at most, instead of the file's."),
+    ] = None,
+    codebook_epochs: Annotated[
+        int, Option(min=1, help="Epochs of the sample training in the Codebook.")
+    ] = 10,
+    granularity: Annotated[
+        Optional[str], Option(help="Of the full training: neuron, layer or network.")
+    ] = None,
+    aggregation: Annotated[
+        Optional[str], Option(help="Of the full training: best or mean.")
+    ] = None,
     seed: Annotated[Optional[int], Option(help="Of weights and shuffles.")] = None,
-    unseen: Annotated[Optional[Path], Option(help="Folder of your pictures, for the Analysis.")] = None,
-    bucket: Annotated[str, Option(help="Bucket of a deployed stack; without it, all stays on this machine.")] = "",
+    unseen: Annotated[
+        Optional[Path], Option(help="Folder of your pictures, for the Analysis.")
+    ] = None,
+    bucket: Annotated[
+        str, Option(help="Bucket of a deployed stack; without it, all stays on this machine.")
+    ] = "",
     region: Annotated[str, Option(help="Region of that bucket.")] = "",
-    workers: Annotated[Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")] = None,
-    notebooks: Annotated[Optional[Path], Option(help="Folder of Codebook.ipynb and Analysis.ipynb; that of this clone.")] = None,
+    workers: Annotated[
+        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+    ] = None,
+    notebooks: Annotated[
+        Optional[Path],
+        Option(help="Folder of Codebook.ipynb and Analysis.ipynb; that of this clone."),
+    ] = None,
 ) -> None:
     "Data, Codebook, full training, Analysis: executed notebooks, a model and one HTML report."
     from snn.local.pipeline import Request, default_notebooks, run_pipeline
-    chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
-    request = Request(chosen, out_folder, notebooks or default_notebooks(), data, codebook_epochs, bucket, region, unseen, workers)
-    with Teller(chosen.epochs) as teller: page = run_pipeline(request, teller.report, progress=err.is_terminal)
+
+    chosen = chosen_parameters(
+        parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed
+    )
+    request = Request(
+        chosen,
+        out_folder,
+        notebooks or default_notebooks(),
+        data,
+        codebook_epochs,
+        bucket,
+        region,
+        unseen,
+        workers,
+    )
+    with Teller(chosen.epochs) as teller:
+        page = run_pipeline(request, teller.report, progress=err.is_terminal)
     out.print(f"The report is {page}")
 
 # %% ../../nbs/cli/50_stories.ipynb #65925836
 def replay(
-    run: Annotated[str, Argument(help="Name of a run, or its folder, as snn train --out leaves it.")],
+    run: Annotated[
+        str, Argument(help="Name of a run, or its folder, as snn train --out leaves it.")
+    ],
     epoch: Annotated[int, Option(help="From 0.")],
     batch: Annotated[int, Option(help="Mini-batch, from 0.")],
     layer: Annotated[int, Option(help="From 1.")],
     neuron: Annotated[int, Option(help="From 0.")],
     direction: Annotated[str, Option(help="forward or backward.")] = "forward",
-    data: Annotated[Optional[Path], Option(help="The datasets.h5 of the run. Without it, what lies in the bucket, or the drawn data set.")] = None,
-    out_folder: Annotated[Path, Option("--out", help="Folder in which a run's name is looked for.")] = Path("out"),
-    bucket: Annotated[str, Option(help="Bucket of a deployed stack, in which the run's name is looked for.")] = "",
+    data: Annotated[
+        Optional[Path],
+        Option(
+            help="The datasets.h5 of the run. Without it, what lies in the bucket, or the drawn data set."
+        ),
+    ] = None,
+    out_folder: Annotated[
+        Path, Option("--out", help="Folder in which a run's name is looked for.")
+    ] = Path("out"),
+    bucket: Annotated[
+        str, Option(help="Bucket of a deployed stack, in which the run's name is looked for.")
+    ] = "",
     region: Annotated[str, Option(help="Region of that bucket.")] = "",
     json: Annotated[bool, Option("--json", help="Event and numbers as JSON.")] = False,
 ) -> None:
     "Run one NeuronLambda invocation again, and show its formulas with the numbers filled in."
-    from snn.local.replay import as_dict, check, explain, find_record, images_in_bucket, open_bucket, record_in_bucket, replay_on, training_part
+    from snn.local.replay import (
+        as_dict,
+        check,
+        explain,
+        find_record,
+        images_in_bucket,
+        open_bucket,
+        record_in_bucket,
+        replay_on,
+        training_part,
+    )
     from snn.local.training import drawn_datasets
     from snn.maths.data import read
+
     place = open_bucket(bucket, region) if bucket else None
     record = record_in_bucket(place, run) if place else find_record(run, out_folder)
     check(record, epoch, batch, layer, neuron, direction)
-    images = images_in_bucket(record, place) if place and not data else training_part(record, read(data or drawn_datasets()))
+    images = (
+        images_in_bucket(record, place)
+        if place and not data
+        else training_part(record, read(data or drawn_datasets()))
+    )
     found = replay_on(record, *images, epoch, batch, layer, neuron, direction)
-    if json: return print_json(as_dict(found))
+    if json:
+        return print_json(as_dict(found))
     out.print(explain(found), markup=False)

@@ -22,20 +22,25 @@ from ..maths.parameters import InputError, Parameters, from_dict, read
 # %% ../../nbs/cli/02_train.ipynb #e91197c8
 def chosen_parameters(
     path: Path,  # of a parameters.json
-    **changes,   # None: as in the file
+    **changes,  # None: as in the file
 ) -> Parameters:
     "The parameters of a file with some of them changed; raises `InputError`."
     changes = {key: value for key, value in changes.items() if value is not None}
     values = msgspec.to_builtins(read(path))
-    try: return from_dict({**values, **changes})
-    except InputError as error: raise InputError(f"on the command line: {error}") from None
+    try:
+        return from_dict({**values, **changes})
+    except InputError as error:
+        raise InputError(f"on the command line: {error}") from None
 
 # %% ../../nbs/cli/02_train.ipynb #580ae059
 def _accuracy(evaluation) -> str:
     "Accuracy with its interval and baseline, in a line."
     low, high = evaluation.interval
-    return (f"{evaluation.accuracy:.1%} of {evaluation.images} test images (95 % interval {low:.0%} to {high:.0%}; "
-            f"always naming the larger class gives {evaluation.majority_baseline:.1%})")
+    return (
+        f"{evaluation.accuracy:.1%} of {evaluation.images} test images (95 % interval {low:.0%} to {high:.0%}; "
+        f"always naming the larger class gives {evaluation.majority_baseline:.1%})"
+    )
+
 
 def summary(
     outcome,  # of `local.training.train`
@@ -43,32 +48,62 @@ def summary(
     "What a person wants to know at the end."
     e = outcome.evaluation
     rate = outcome.invocations / outcome.seconds
-    lines = [f"Trained {outcome.epochs} epochs in {duration(outcome.seconds)}: {outcome.reason}.", "",
-             f"  final cost      {outcome.cost:.6f}",
-             f"  test accuracy   {_accuracy(e)}",
-             f"  invocations     {outcome.invocations:,} ({rate:,.0f} per second, {outcome.duplicates} duplicates)",
-             *(f"  {name:15} {outcome.files[name]}" for name in ("results.json", "params.h5", "cost.png"))]
+    lines = [
+        f"Trained {outcome.epochs} epochs in {duration(outcome.seconds)}: {outcome.reason}.",
+        "",
+        f"  final cost      {outcome.cost:.6f}",
+        f"  test accuracy   {_accuracy(e)}",
+        f"  invocations     {outcome.invocations:,} ({rate:,.0f} per second, {outcome.duplicates} duplicates)",
+        *(
+            f"  {name:15} {outcome.files[name]}"
+            for name in ("results.json", "params.h5", "cost.png")
+        ),
+    ]
     return "\n".join(lines)
 
 # %% ../../nbs/cli/02_train.ipynb #46b3a7df
 def _check_folder(folder: Path) -> None:
     "Raise an `InputError` unless files can be left in `folder`: better now than after the training."
     exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not exists.is_dir(): raise InputError(f"{exists}: is a file; --out needs a folder")
-    if not os.access(exists, os.W_OK): raise InputError(f"{exists}: you may not write here; give another --out")
+    if not exists.is_dir():
+        raise InputError(f"{exists}: is a file; --out needs a folder")
+    if not os.access(exists, os.W_OK):
+        raise InputError(f"{exists}: you may not write here; give another --out")
 
 # %% ../../nbs/cli/02_train.ipynb #b6c850f1
 def train(
-    data: Annotated[Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")] = None,
-    test: Annotated[Optional[Path], Option(help="The file with the test part, if --data holds the training part alone.")] = None,
-    parameters: Annotated[Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")] = Path("parameters.json"),
-    out_folder: Annotated[Path, Option("--out", help="Folder for results, model and plot.")] = Path("out"),
-    epochs: Annotated[Optional[int], Option(help="Epochs at most, instead of the file's.")] = None,
-    granularity: Annotated[Optional[str], Option(help="What one NeuronLambda computes: neuron, layer or network.")] = None,
-    aggregation: Annotated[Optional[str], Option(help="Of the mini-batches' gradients: best or mean.")] = None,
+    data: Annotated[
+        Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")
+    ] = None,
+    test: Annotated[
+        Optional[Path],
+        Option(help="The file with the test part, if --data holds the training part alone."),
+    ] = None,
+    parameters: Annotated[
+        Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
+    ] = Path("parameters.json"),
+    out_folder: Annotated[
+        Path, Option("--out", help="Folder for results, model and plot.")
+    ] = Path("out"),
+    epochs: Annotated[
+        Optional[int], Option(help="Epochs at most, instead of the file's.")
+    ] = None,
+    granularity: Annotated[
+        Optional[str], Option(help="What one NeuronLambda computes: neuron, layer or network.")
+    ] = None,
+    aggregation: Annotated[
+        Optional[str], Option(help="Of the mini-batches' gradients: best or mean.")
+    ] = None,
     seed: Annotated[Optional[int], Option(help="Of weights and shuffles.")] = None,
-    workers: Annotated[Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")] = None,
-    runtime: Annotated[str, Option(help="inline: handlers in our own workers; lambda: the real packages in Lambda's own client.")] = "inline",
+    workers: Annotated[
+        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+    ] = None,
+    runtime: Annotated[
+        str,
+        Option(
+            help="inline: handlers in our own workers; lambda: the real packages in Lambda's own client."
+        ),
+    ] = "inline",
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: Annotated[bool, Option("--json", help="The outcome as JSON.")] = False,
 ) -> None:
@@ -76,21 +111,36 @@ def train(
     from snn.cloud.messages import check_run, memory_here
     from snn.local import training
     from snn.maths.data import read as read_datasets
-    chosen = chosen_parameters(parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed)
+
+    chosen = chosen_parameters(
+        parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed
+    )
     _check_folder(out_folder)
-    if runtime not in ("inline", "lambda"): raise InputError(f"--runtime is {runtime}; it may be inline or lambda")
-    if test and not data: raise InputError("--test needs --data, the file with the training part")
+    if runtime not in ("inline", "lambda"):
+        raise InputError(f"--runtime is {runtime}; it may be inline or lambda")
+    if test and not data:
+        raise InputError("--test needs --data, the file with the training part")
     if data is None:
-        if not quiet: err.print("No --data: taking the drawn data set, cats and other things.")
+        if not quiet:
+            err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()
     found = read_datasets(data, test=test)
-    try: check_run(chosen, len(found.train_x), found.train_x[0].size, memory_here())
-    except InputError as error: raise InputError(f"{parameters}: {error}") from None
-    if not quiet: err.print(f"Training on {len(found.train_x)} images of {found.size}x{found.size} pixels, granularity {chosen.granularity}.")
+    try:
+        check_run(chosen, len(found.train_x), found.train_x[0].size, memory_here())
+    except InputError as error:
+        raise InputError(f"{parameters}: {error}") from None
+    if not quiet:
+        err.print(
+            f"Training on {len(found.train_x)} images of {found.size}x{found.size} pixels, granularity {chosen.granularity}."
+        )
     with TrainingProgress(chosen.epochs, quiet) as shown:
-        outcome = training.train(chosen, data, out_folder, shown.report, workers, runtime=runtime, test=test)
-    if json: return print_json(outcome._asdict())
-    if quiet: return
+        outcome = training.train(
+            chosen, data, out_folder, shown.report, workers, runtime=runtime, test=test
+        )
+    if json:
+        return print_json(outcome._asdict())
+    if quiet:
+        return
     out.print(summary(outcome))
     out.print("\n" + what_next(chosen, outcome))
 
@@ -107,10 +157,16 @@ def what_next(
 # %% ../../nbs/cli/02_train.ipynb #98513ade
 def _instructions(cloud) -> str:
     "What to export and what to type."
-    known = () if cloud.server.watchman else ("SNN_REDIS_URL",)  # it may hold a password, and who reads this has set it
-    exports = "\n".join(f"  export {name}={value}" for name, value in cloud.environment.items()
-                        if name.startswith(("AWS_", "SNN_REDIS")) and value and name not in known)
-    if known: exports += "\n  and SNN_REDIS_URL, as it is set here"
+    known = (
+        () if cloud.server.watchman else ("SNN_REDIS_URL",)
+    )  # it may hold a password, and who reads this has set it
+    exports = "\n".join(
+        f"  export {name}={value}"
+        for name, value in cloud.environment.items()
+        if name.startswith(("AWS_", "SNN_REDIS")) and value and name not in known
+    )
+    if known:
+        exports += "\n  and SNN_REDIS_URL, as it is set here"
     at = f"aws --endpoint-url {cloud.aws.url}"
     return f"""A cloud on this machine is up. In another terminal:
 
@@ -128,37 +184,51 @@ Ctrl-C ends the cloud and all that is in it.
 
 # %% ../../nbs/cli/02_train.ipynb #b239e2de
 def local(
-    workers: Annotated[Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")] = None,
-    ledger: Annotated[str, Option(help="Where invocations are recorded: store (fast) or dynamodb.")] = "store",
+    workers: Annotated[
+        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+    ] = None,
+    ledger: Annotated[
+        str, Option(help="Where invocations are recorded: store (fast) or dynamodb.")
+    ] = "store",
 ) -> None:
     "Keep a cloud up on this machine, and show the runs that uploads start."
     from snn.local.cloud import LocalCloud
-    if ledger not in ("store", "dynamodb"): raise InputError(f"--ledger is {ledger}; it may be store or dynamodb")
+
+    if ledger not in ("store", "dynamodb"):
+        raise InputError(f"--ledger is {ledger}; it may be store or dynamodb")
     with LocalCloud(workers, ledger) as cloud:
         out.print(_instructions(cloud))
         told: dict[str, str] = {}
         while not cloud.failed:
             try:
-                for line in news(cloud.services.runs, told): out.print(line)
-            except redis.ConnectionError: pass  # the cloud is starting its parameter server again
-            time.sleep(.5)
+                for line in news(cloud.services.runs, told):
+                    out.print(line)
+            except redis.ConnectionError:
+                pass  # the cloud is starting its parameter server again
+            time.sleep(0.5)
         raise RuntimeError(cloud.failed)
 
 # %% ../../nbs/cli/02_train.ipynb #78ccd57a
 def news(
-    runs,                 # of the services
-    told: dict[str, str], # what was said last, by run; is brought up to date
+    runs,  # of the services
+    told: dict[str, str],  # what was said last, by run; is brought up to date
 ) -> list[str]:
     "A line for each run that has changed its state or came another tenth of its way, and for each refused upload."
     lines = {name: f"Refused: {reason}" for name, reason in runs.refused().items()}
     for run in runs.names():
         status, epochs = runs.status(run), runs.plan(run).parameters.epochs
         done, tenth = status.epoch + 1, max(1, epochs // 10)
-        at = f"after {done} of at most {epochs} epochs" + (f", cost {status.cost:.5f}" if status.cost is not None else "")
-        if status.state != "running": lines[run] = f"Run {run} {status.state} {at}: {status.reason}"
-        elif run not in told: lines[run] = f"Run {run} started"
-        elif done and done % tenth == 0: lines[run] = f"Run {run} {at}"
-        else: lines[run] = told[run]
+        at = f"after {done} of at most {epochs} epochs" + (
+            f", cost {status.cost:.5f}" if status.cost is not None else ""
+        )
+        if status.state != "running":
+            lines[run] = f"Run {run} {status.state} {at}: {status.reason}"
+        elif run not in told:
+            lines[run] = f"Run {run} started"
+        elif done and done % tenth == 0:
+            lines[run] = f"Run {run} {at}"
+        else:
+            lines[run] = told[run]
     changed = [line for name, line in lines.items() if told.get(name) != line]
     told.update(lines)
     return changed

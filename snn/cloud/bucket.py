@@ -14,16 +14,20 @@ from ..maths.parameters import InputError
 # %% ../../nbs/cloud/06_bucket.ipynb #344ae6d6
 class Bucket:
     "One S3 bucket."
-    def __init__(self,
-        client,     # boto3 client of S3
+
+    def __init__(
+        self,
+        client,  # boto3 client of S3
         name: str,
     ):
         self.client, self.name = client, name
 
     def get(self, key: str) -> bytes:
         "A file's content; raises `InputError` if there is none."
-        try: return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
-        except self.client.exceptions.NoSuchKey: raise InputError(f"s3://{self.name}/{key}: no such file") from None
+        try:
+            return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            raise InputError(f"s3://{self.name}/{key}: no such file") from None
 
     def put(self, key: str, content: bytes) -> None:
         "Write a file."
@@ -31,32 +35,48 @@ class Bucket:
 
     def keys(self, prefix: str) -> list[str]:
         "Names of all files that begin with `prefix`."
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        pages = self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.name, Prefix=prefix
+        )
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
 # %% ../../nbs/cloud/06_bucket.ipynb #12d82654
 class Upload(NamedTuple):
     "A file that was put into a bucket."
+
     bucket: str
     key: str
     etag: str
+
 
 def uploads(
     event: dict,  # from S3
 ) -> list[Upload]:
     "The files that an S3 event tells of; none if it is the test message that S3 sends at first."
-    return [Upload(record["s3"]["bucket"]["name"], unquote_plus(record["s3"]["object"]["key"]), record["s3"]["object"].get("eTag", "").strip('"'))
-            for record in event.get("Records", []) if record.get("eventName", "").startswith(("ObjectCreated", "s3:ObjectCreated"))]
+    return [
+        Upload(
+            record["s3"]["bucket"]["name"],
+            unquote_plus(record["s3"]["object"]["key"]),
+            record["s3"]["object"].get("eTag", "").strip('"'),
+        )
+        for record in event.get("Records", [])
+        if record.get("eventName", "").startswith(("ObjectCreated", "s3:ObjectCreated"))
+    ]
 
 # %% ../../nbs/cloud/06_bucket.ipynb #c0c7a8d9
 class Topic:
     "An SNS topic, or none."
-    def __init__(self,
+
+    def __init__(
+        self,
         client=None,  # boto3 client of SNS
-        arn: str="",
+        arn: str = "",
     ):
         self.client, self.arn = client, arn
 
     def tell(self, subject: str, text: str) -> None:
         "Send a mail to whoever has subscribed. SNS takes subjects of 100 characters in one line."
-        if self.arn: self.client.publish(TopicArn=self.arn, Subject=" ".join(subject.split())[:100], Message=text)
+        if self.arn:
+            self.client.publish(
+                TopicArn=self.arn, Subject=" ".join(subject.split())[:100], Message=text
+            )

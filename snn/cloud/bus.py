@@ -21,6 +21,7 @@ from .store import Store
 # %% ../../nbs/cloud/05_bus.ipynb #b12ab6d8
 class Bus:
     "How a handler sends messages, and meets others at a barrier."
+
     store: Store
 
     def send(self, messages: Sequence[Message]) -> None:
@@ -34,71 +35,113 @@ class Bus:
         self.store.flush()
         self.store.meter.end()
 
-    def join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes] = {}) -> None:
+    def join(
+        self,
+        message: Message,
+        expected: int,
+        following: Message,
+        seconds: float,
+        values: dict[str, bytes] = {},
+    ) -> None:
         "Join a barrier in the store, and send what follows if it is complete."
-        if self.store.join(message, expected, following, seconds, values).send: self.send([following])
+        if self.store.join(message, expected, following, seconds, values).send:
+            self.send([following])
 
-    def finish(self, message: Message, following: Sequence[Message], seconds: float, values: dict[str, bytes] = {}) -> None:
+    def finish(
+        self,
+        message: Message,
+        following: Sequence[Message],
+        seconds: float,
+        values: dict[str, bytes] = {},
+    ) -> None:
         "Store the values, send what follows, and record that the invocation has done all it had to: in this order."
         self.store.put(message, values)
         self.store.meter.used.messages += len(following)
         self.send(following)
         self.store.finish(message, seconds)
 
+
 class LambdaBus(Bus):
     "Invokes Lambda functions."
-    def __init__(self,
-        client,                 # boto3 client of Lambda
-        names: dict[str, str],  # LaunchLambda, TrainerLambda, NeuronLambda -> names of the deployed functions
-        store: Store,           # whose waiting commands go first
-        residents: Container[str]=(), # runs whose functions stay, see `snn.cloud.residents`
-    ):
-        self.client, self.names, self.store, self.residents, self.threads = client, names, store, residents, ThreadPoolExecutor(16)
-        self.freezes = True     # may Lambda freeze the process when an invocation ends?
 
-    def _invoke(self, event: Struct) -> None: # a `Message` or a `Seat`
-        self.client.invoke(FunctionName=self.names[event.function], InvocationType="Event", Payload=msgspec.json.encode(event))
+    def __init__(
+        self,
+        client,  # boto3 client of Lambda
+        names: dict[
+            str, str
+        ],  # LaunchLambda, TrainerLambda, NeuronLambda -> names of the deployed functions
+        store: Store,  # whose waiting commands go first
+        residents: Container[str] = (),  # runs whose functions stay, see `snn.cloud.residents`
+    ):
+        self.client, self.names, self.store, self.residents, self.threads = (
+            client,
+            names,
+            store,
+            residents,
+            ThreadPoolExecutor(16),
+        )
+        self.freezes = True  # may Lambda freeze the process when an invocation ends?
+
+    def _invoke(self, event: Struct) -> None:  # a `Message` or a `Seat`
+        self.client.invoke(
+            FunctionName=self.names[event.function],
+            InvocationType="Event",
+            Payload=msgspec.json.encode(event),
+        )
 
     def call(self, events: Sequence[Struct]) -> None:
         "Invoke each event's function; returns when Lambda has accepted all."
-        if len(events) == 1: self._invoke(events[0])
-        else: list(self.threads.map(self._invoke, events))
+        if len(events) == 1:
+            self._invoke(events[0])
+        else:
+            list(self.threads.map(self._invoke, events))
 
     def send(self, messages: Sequence[Message]) -> None:
         "Invoke each message's function, or put it where a function that stays will find it."
-        if not messages: return
-        if messages[0].run in self.residents: return self.residents.send(messages)
+        if not messages:
+            return
+        if messages[0].run in self.residents:
+            return self.residents.send(messages)
         self.store.flush()
         self.call(messages)
 
     def ready(self, plan: Plan) -> None:
         "Call functions to the seats that are vacant, if this run's functions stay."
-        if plan.run in self.residents: self.call(self.residents.vacant(plan))
+        if plan.run in self.residents:
+            self.call(self.residents.vacant(plan))
 
     @contextmanager
     def staying(self) -> Iterator[None]:
         "While a function stays, an invocation's end is not the process's, and what waits may go with the next request."
         self.freezes = False
-        try: yield
-        finally: self.freezes = True
+        try:
+            yield
+        finally:
+            self.freezes = True
 
     def settle(self) -> None:
         "The same as of every bus, unless the function stays."
-        if self.freezes: super().settle()
-        else: self.store.meter.end()
+        if self.freezes:
+            super().settle()
+        else:
+            self.store.meter.end()
 
 # %% ../../nbs/cloud/05_bus.ipynb #bc0abfe9
 class Envelope(Struct):
     "A message on its way, for whom it is, and how often it was tried."
+
     function: str
     event: Raw
     attempt: int = 1
 
+
 QUEUE, DEAD = "snn:queue", "snn:dead"
+
 
 def taken_by(worker: str) -> str:
     "Key of what a worker has in hand."
     return f"snn:taken:{worker}"
+
 
 def meant_for(worker: str) -> str:
     "Key of the messages that a worker has made due, and takes before any other."
@@ -124,36 +167,69 @@ def letter(
     "A message in its first envelope."
     return msgspec.json.encode(Envelope(message.function, Raw(msgspec.json.encode(message))))
 
+
 class Queue(Bus):
     "The bus on one machine."
-    def __init__(self,
-        store: Store,    # on the same server
-        workers: int=1,  # that take from the queue
+
+    def __init__(
+        self,
+        store: Store,  # on the same server
+        workers: int = 1,  # that take from the queue
     ):
-        self.store, self.client, self.workers, self.script = store, store.client, workers, store.script(TAKE)
-        self.mine = self.hand = QUEUE        # where this process leaves what it has made due, and what it has in hand
-        self.known: deque[bytes] = deque()   # what comes next, as it knows without asking
+        self.store, self.client, self.workers, self.script = (
+            store,
+            store.client,
+            workers,
+            store.script(TAKE),
+        )
+        self.mine = self.hand = (
+            QUEUE  # where this process leaves what it has made due, and what it has in hand
+        )
+        self.known: deque[bytes] = deque()  # what comes next, as it knows without asking
 
     def _place(self, letters: list[bytes]) -> str:
         "Where messages go: all may take from many, and one stays in this worker's hand."
-        if len(letters) > 1 or self.hand == QUEUE: return QUEUE
+        if len(letters) > 1 or self.hand == QUEUE:
+            return QUEUE
         self.known.extend(letters)
         return self.hand
 
     def send(self, messages: Sequence[Message]) -> None:
         "Put messages into the queue, with the next request; a single one stays with this worker."
-        if letters := [letter(message) for message in messages]: self.store.later("RPUSH", self._place(letters), *letters)
+        if letters := [letter(message) for message in messages]:
+            self.store.later("RPUSH", self._place(letters), *letters)
 
     def put(self, envelope: Envelope) -> None:
         "Put an envelope into the queue, with the next request."
         self.store.later("RPUSH", QUEUE, msgspec.json.encode(envelope))
 
-    def join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes] = {}) -> None:
+    def join(
+        self,
+        message: Message,
+        expected: int,
+        following: Message,
+        seconds: float,
+        values: dict[str, bytes] = {},
+    ) -> None:
         "Join a barrier with the next request; its script leaves what follows."
         due = letter(following)
-        self.store.join_later(message, expected, following, seconds, values, due, self._place([due]) if expected == 1 else self.mine)
+        self.store.join_later(
+            message,
+            expected,
+            following,
+            seconds,
+            values,
+            due,
+            self._place([due]) if expected == 1 else self.mine,
+        )
 
-    def finish(self, message: Message, following: Sequence[Message], seconds: float, values: dict[str, bytes] = {}) -> None:
+    def finish(
+        self,
+        message: Message,
+        following: Sequence[Message],
+        seconds: float,
+        values: dict[str, bytes] = {},
+    ) -> None:
         "The same as of every bus, at one moment, with the next request."
         letters = [letter(message) for message in following]
         self.store.meter.used.messages += len(following)
@@ -166,8 +242,11 @@ class Queue(Bus):
     def take(self, worker: str, wait: float = 1.0) -> list[Envelope]:
         "A worker's share of the queue; waits `wait` seconds at most for a first message."
         self.mine, self.hand = meant_for(worker), taken_by(worker)
-        if self.known: return self._opened([self.known.popleft()])
-        taken = self.store.now("EVALSHA", self.script, 3, QUEUE, self.hand, self.mine, self.workers, 64)
+        if self.known:
+            return self._opened([self.known.popleft()])
+        taken = self.store.now(
+            "EVALSHA", self.script, 3, QUEUE, self.hand, self.mine, self.workers, 64
+        )
         if not taken and wait:
             first = self.client.blmove(QUEUE, self.hand, wait, "LEFT", "RIGHT")
             taken = [first] if first else []
@@ -177,24 +256,37 @@ class Queue(Bus):
         "The envelopes; what is none is put aside."
         found = []
         for item in taken:
-            try: found.append(msgspec.json.decode(item, type=Envelope))
-            except msgspec.DecodeError as error: self.put_aside(item.decode(errors="replace"), f"no message of ours: {error}")
+            try:
+                found.append(msgspec.json.decode(item, type=Envelope))
+            except msgspec.DecodeError as error:
+                self.put_aside(item.decode(errors="replace"), f"no message of ours: {error}")
         return found
 
     def recover(self, worker: str) -> int:
         "Put back what a dead worker had in hand; returns how many."
         count = 0
         for had in (taken_by(worker), meant_for(worker)):
-            while self.client.lmove(had, QUEUE, "RIGHT", "LEFT"): count += 1
+            while self.client.lmove(had, QUEUE, "RIGHT", "LEFT"):
+                count += 1
         return count
 
     def bury(self, envelope: Envelope, reason: str) -> None:
         "Put a message that failed too often aside, with the reason."
-        self.store.later("RPUSH", DEAD, msgspec.json.encode({"function": envelope.function, "event": envelope.event, "reason": reason}))
+        self.store.later(
+            "RPUSH",
+            DEAD,
+            msgspec.json.encode(
+                {"function": envelope.function, "event": envelope.event, "reason": reason}
+            ),
+        )
 
     def put_aside(self, text: str, reason: str) -> None:
         "Put aside what is not even a message, with the reason."
-        self.store.later("RPUSH", DEAD, msgspec.json.encode({"function": "", "event": text, "reason": reason}))
+        self.store.later(
+            "RPUSH",
+            DEAD,
+            msgspec.json.encode({"function": "", "event": text, "reason": reason}),
+        )
 
     def dead(self) -> list[dict]:
         "Messages that were put aside."

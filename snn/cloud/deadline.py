@@ -13,23 +13,35 @@ from collections.abc import Callable
 # %% ../../nbs/cloud/11_deadline.ipynb #8e5e46ae
 RESERVE = 1.0  # seconds before the end of its time at which a function stops itself
 
+
 class OutOfTime(RuntimeError):
     "A function has stopped itself, since Lambda was about to end it; a retry goes on."
 
+
 def _ring(number: int, frame) -> None:
-    raise OutOfTime(f"less than {RESERVE:g} s of its time were left, so the function has stopped itself; it is tried again")
+    raise OutOfTime(
+        f"less than {RESERVE:g} s of its time were left, so the function has stopped itself; it is tried again"
+    )
+
 
 def in_time(
     handler: Callable,  # of an event and a context
 ) -> Callable:
     "A handler that raises `OutOfTime` in time. Without a context, as on one machine, it has all the time in the world."
+
     @functools.wraps(handler)
     def timed(event, context):
-        if context is None: return handler(event, context)
+        if context is None:
+            return handler(event, context)
         before = signal.signal(signal.SIGALRM, _ring)
-        signal.setitimer(signal.ITIMER_REAL, max(.001, context.get_remaining_time_in_millis() / 1000 - RESERVE))
-        try: return handler(event, context)
+        signal.setitimer(
+            signal.ITIMER_REAL,
+            max(0.001, context.get_remaining_time_in_millis() / 1000 - RESERVE),
+        )
+        try:
+            return handler(event, context)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
     return timed

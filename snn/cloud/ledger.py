@@ -16,25 +16,29 @@ from .store import Store, key, tag
 # %% ../../nbs/cloud/04_ledger.ipynb #19b85b9f
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
 
+
 class Count(NamedTuple):
     "What was counted for a function in a run."
-    attempts: int = 0        # invocations, repeated ones included
-    finished: int = 0        # different pieces of work that were finished
-    duplicates: int = 0      # invocations that found their work done
-    microseconds: int = 0    # that the finished ones took, up to their barrier
+
+    attempts: int = 0  # invocations, repeated ones included
+    finished: int = 0  # different pieces of work that were finished
+    duplicates: int = 0  # invocations that found their work done
+    microseconds: int = 0  # that the finished ones took, up to their barrier
     # and what they have counted of their own work, see `counts`
-    messages: int = 0        # sent
-    stored: int = 0          # bytes of arrays, for other steps of the epoch
-    asked: int = 0           # bytes of arrays that they worked on
-    fetched: int = 0         # bytes that they had to fetch
-    weights: int = 0         # bytes of weights, for the next epoch
-    costs: int = 0           # entries in the Costs table
-    billed: int = 0          # microseconds from begin to end
-    starts: int = 0          # processes that were started
-    init: int = 0            # microseconds that starting them took
+    messages: int = 0  # sent
+    stored: int = 0  # bytes of arrays, for other steps of the epoch
+    asked: int = 0  # bytes of arrays that they worked on
+    fetched: int = 0  # bytes that they had to fetch
+    weights: int = 0  # bytes of weights, for the next epoch
+    costs: int = 0  # entries in the Costs table
+    billed: int = 0  # microseconds from begin to end
+    starts: int = 0  # processes that were started
+    init: int = 0  # microseconds that starting them took
+
 
 class Entry(NamedTuple):
     "What the ledger knows of one invocation."
+
     attempts: int
     finished: bool
     microseconds: int
@@ -42,7 +46,9 @@ class Entry(NamedTuple):
 # %% ../../nbs/cloud/04_ledger.ipynb #9dc64756
 class StoreLedger:
     "The ledger on the parameter server, written by the scripts of the store."
-    def __init__(self, store: Store): self.store, self.client = store, store.client
+
+    def __init__(self, store: Store):
+        self.store, self.client = store, store.client
 
     def started(self, message: Message) -> None:
         "Nothing to do: `Store.open` has counted it."
@@ -61,87 +67,155 @@ class StoreLedger:
         "One invocation; of the last two epochs."
         self.store.flush()
         where = key(message.run, message.batch, message.epoch)
-        attempts, microseconds = self.client.hmget(where, f"attempts:{message.step}", f"finished:{message.step}")
+        attempts, microseconds = self.client.hmget(
+            where, f"attempts:{message.step}", f"finished:{message.step}"
+        )
         return Entry(int(attempts or 0), microseconds is not None, int(microseconds or 0))
 
     def counts(self, plan: Plan) -> dict[str, Count]:
         "All invocations of a run, by function."
         self.store.flush()
         pipeline = self.client.pipeline(transaction=False)
-        for batch in (ALL, *range(plan.batches)): pipeline.hgetall(tag(plan.run, batch))
+        for batch in (ALL, *range(plan.batches)):
+            pipeline.hgetall(tag(plan.run, batch))
         records = pipeline.execute()
-        total = lambda function, name: sum(int(record.get(f"{function}:{name}".encode(), 0)) for record in records)
-        return {function: Count(*(total(function, name) for name in Count._fields)) for function in FUNCTIONS}
+        total = lambda function, name: sum(
+            int(record.get(f"{function}:{name}".encode(), 0)) for record in records
+        )
+        return {
+            function: Count(*(total(function, name) for name in Count._fields))
+            for function in FUNCTIONS
+        }
 
 # %% ../../nbs/cloud/04_ledger.ipynb #bfd0f233
 KEEP = 30 * 24 * 3600  # seconds that an item is kept
 
+
 class DynamoLedger(StoreLedger):
     "The same ledger, with a durable copy in DynamoDB."
-    def __init__(self,
+
+    def __init__(
+        self,
         store: Store,
-        dynamodb,        # boto3 client
-        prefix: str="",  # of the tables' names
-        residents: Container[str]=(), # runs whose functions stay
+        dynamodb,  # boto3 client
+        prefix: str = "",  # of the tables' names
+        residents: Container[str] = (),  # runs whose functions stay
     ):
         super().__init__(store)
         self.dynamodb, self.prefix, self.residents = dynamodb, prefix, residents
 
-    def _update(self, table: str, key: dict, expression: str, values: dict, names: dict = {}, condition: str | None = None):
+    def _update(
+        self,
+        table: str,
+        key: dict,
+        expression: str,
+        values: dict,
+        names: dict = {},
+        condition: str | None = None,
+    ):
         extra = {"ConditionExpression": condition} if condition else {}
-        if names: extra["ExpressionAttributeNames"] = names
+        if names:
+            extra["ExpressionAttributeNames"] = names
         values = {**values, ":expires": {"N": str(int(time.time()) + KEEP)}}
-        try: self.dynamodb.update_item(TableName=self.prefix + table, Key=key, UpdateExpression=f"{expression}",
-                                       ExpressionAttributeValues=values, **extra)
-        except self.dynamodb.exceptions.ConditionalCheckFailedException: pass  # a duplicate: recorded before
+        try:
+            self.dynamodb.update_item(
+                TableName=self.prefix + table,
+                Key=key,
+                UpdateExpression=f"{expression}",
+                ExpressionAttributeValues=values,
+                **extra,
+            )
+        except self.dynamodb.exceptions.ConditionalCheckFailedException:
+            pass  # a duplicate: recorded before
 
     def started(self, message: Message) -> None:
         "Count an attempt."
-        if message.run in self.residents: return
-        self._update(message.function, {"invID": {"S": message.id}},
-                     "SET cnt = if_not_exists(cnt, :zero), started = if_not_exists(started, :now), expires = :expires ADD attempts :one",
-                     {":zero": {"N": "0"}, ":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}})
+        if message.run in self.residents:
+            return
+        self._update(
+            message.function,
+            {"invID": {"S": message.id}},
+            "SET cnt = if_not_exists(cnt, :zero), started = if_not_exists(started, :now), expires = :expires ADD attempts :one",
+            {":zero": {"N": "0"}, ":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}},
+        )
 
     def finished(self, message: Message, seconds: float) -> None:
         "Record the end and the duration, once."
-        if message.run in self.residents: return
-        self._update(message.function, {"invID": {"S": message.id}},
-                     "SET cnt = :one, finished = :now, microseconds = :took, expires = :expires",
-                     {":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}, ":took": {"N": str(round(seconds * 1e6))}},
-                     condition="attribute_not_exists(finished)")
+        if message.run in self.residents:
+            return
+        self._update(
+            message.function,
+            {"invID": {"S": message.id}},
+            "SET cnt = :one, finished = :now, microseconds = :took, expires = :expires",
+            {
+                ":one": {"N": "1"},
+                ":now": {"N": f"{time.time():.6f}"},
+                ":took": {"N": str(round(seconds * 1e6))},
+            },
+            condition="attribute_not_exists(finished)",
+        )
 
     def cost(self, message: Message, cost: float) -> None:
         "Write a mini-batch's cost into the Costs table."
         super().cost(message, cost)
-        self._update("Costs", {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
-                     "SET #batch = :cost, expires = :expires", {":cost": {"S": repr(cost)}}, {"#batch": f"batch{message.batch}"})
+        self._update(
+            "Costs",
+            {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
+            "SET #batch = :cost, expires = :expires",
+            {":cost": {"S": repr(cost)}},
+            {"#batch": f"batch{message.batch}"},
+        )
 
     def spent(self, message: Message, dollars: float) -> None:
         "Write beside the epoch's costs what the run has cost so far, for those who watch from outside."
-        self._update("Costs", {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
-                     "SET spent = :spent, expires = :expires", {":spent": {"S": repr(dollars)}})
+        self._update(
+            "Costs",
+            {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
+            "SET spent = :spent, expires = :expires",
+            {":spent": {"S": repr(dollars)}},
+        )
 
     def entry(self, message: Message) -> Entry:
         "One invocation; of any epoch."
-        item = self.dynamodb.get_item(TableName=self.prefix + message.function, Key={"invID": {"S": message.id}}, ConsistentRead=True).get("Item", {})
+        item = self.dynamodb.get_item(
+            TableName=self.prefix + message.function,
+            Key={"invID": {"S": message.id}},
+            ConsistentRead=True,
+        ).get("Item", {})
         number = lambda name: int(float(item.get(name, {"N": "0"})["N"]))
         return Entry(number("attempts"), "finished" in item, number("microseconds"))
 
     def costs(self, run: str, epoch: int) -> dict[str, float]:
         "Costs of an epoch's mini-batches."
-        found = self.dynamodb.get_item(TableName=self.prefix + "Costs", Key={"run": {"S": run}, "epoch": {"N": str(epoch)}}, ConsistentRead=True)
-        return {name: float(value["S"]) for name, value in sorted(found.get("Item", {}).items()) if name.startswith("batch")}
+        found = self.dynamodb.get_item(
+            TableName=self.prefix + "Costs",
+            Key={"run": {"S": run}, "epoch": {"N": str(epoch)}},
+            ConsistentRead=True,
+        )
+        return {
+            name: float(value["S"])
+            for name, value in sorted(found.get("Item", {}).items())
+            if name.startswith("batch")
+        }
 
 # %% ../../nbs/cloud/04_ledger.ipynb #14bebc60
 def create_tables(
-    dynamodb,        # boto3 client
-    prefix: str="",  # of the tables' names
+    dynamodb,  # boto3 client
+    prefix: str = "",  # of the tables' names
 ) -> None:
     "The four tables, on demand; those that exist are left as they are."
-    keys = {name: [("invID", "S", "HASH")] for name in FUNCTIONS} | {"Costs": [("run", "S", "HASH"), ("epoch", "N", "RANGE")]}
+    keys = {name: [("invID", "S", "HASH")] for name in FUNCTIONS} | {
+        "Costs": [("run", "S", "HASH"), ("epoch", "N", "RANGE")]
+    }
     for name, columns in keys.items():
-        try: dynamodb.create_table(
-            TableName=prefix + name, BillingMode="PAY_PER_REQUEST",
-            AttributeDefinitions=[{"AttributeName": n, "AttributeType": t} for n, t, _ in columns],
-            KeySchema=[{"AttributeName": n, "KeyType": k} for n, _, k in columns])
-        except dynamodb.exceptions.ResourceInUseException: pass
+        try:
+            dynamodb.create_table(
+                TableName=prefix + name,
+                BillingMode="PAY_PER_REQUEST",
+                AttributeDefinitions=[
+                    {"AttributeName": n, "AttributeType": t} for n, t, _ in columns
+                ],
+                KeySchema=[{"AttributeName": n, "KeyType": k} for n, _, k in columns],
+            )
+        except dynamodb.exceptions.ResourceInUseException:
+            pass

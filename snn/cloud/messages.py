@@ -25,17 +25,20 @@ ALL = -1  # as `batch`: the whole epoch, not one mini-batch of it
 # %% ../../nbs/cloud/01_messages.ipynb #165c30a0
 class Message(Struct, frozen=True, omit_defaults=True):
     "One invocation that is asked for."
+
     function: Function
     direction: Direction
     run: str
     epoch: int
-    batch: int = ALL   # number of the mini-batch, from 0
-    layer: int = 0     # from 1; 0 where no layer is meant
-    first: int = 0     # first neuron of the block, from 0
-    count: int = 0     # neurons in the block
-    source: str = ""   # which mini-batch of which epoch holds the weights to start from
-    hop: int = 0       # how many messages led to this one
-    learn: bool = True # is a step of the weights wanted? Not where another mini-batch has won already
+    batch: int = ALL  # number of the mini-batch, from 0
+    layer: int = 0  # from 1; 0 where no layer is meant
+    first: int = 0  # first neuron of the block, from 0
+    count: int = 0  # neurons in the block
+    source: str = ""  # which mini-batch of which epoch holds the weights to start from
+    hop: int = 0  # how many messages led to this one
+    learn: bool = (
+        True  # is a step of the weights wanted? Not where another mini-batch has won already
+    )
 
     @property
     def step(self) -> str:
@@ -50,16 +53,17 @@ class Message(Struct, frozen=True, omit_defaults=True):
 # %% ../../nbs/cloud/01_messages.ipynb #8ec67850
 class Plan(Struct, frozen=True):
     "All that a handler must know about a run."
+
     run: str
     parameters: Parameters
-    bucket: str          # where data, results and model are
-    data: str            # key of the unrolled training images in the bucket
-    images: int          # that are trained on
-    inputs: int          # values per image: size * size * 3
-    size: int            # edge of an image in pixels
+    bucket: str  # where data, results and model are
+    data: str  # key of the unrolled training images in the bucket
+    images: int  # that are trained on
+    inputs: int  # values per image: size * size * 3
+    size: int  # edge of an image in pixels
     classes: tuple[str, str]
-    etag: str            # of the datasets.h5
-    started: str         # date and time, UTC
+    etag: str  # of the datasets.h5
+    started: str  # date and time, UTC
 
     @property
     def name(self) -> str:
@@ -75,7 +79,7 @@ class Plan(Struct, frozen=True):
 def blocks(
     parameters: Parameters,
     layer: int,  # from 1
-) -> list[tuple[int, int]]: # first neuron and number of neurons, per block
+) -> list[tuple[int, int]]:  # first neuron and number of neurons, per block
     "How a layer is divided among NeuronLambdas."
     n = parameters.sizes[layer - 1]
     return [(j, 1) for j in range(n)] if parameters.granularity == "neuron" else [(0, n)]
@@ -96,32 +100,58 @@ def epoch_messages(
     hop: int,
 ) -> list[Message]:
     "LaunchLambda begins an epoch: one TrainerLambda per mini-batch, or one NeuronLambda that is the whole network."
-    first = ("NeuronLambda", "network") if plan.parameters.granularity == "network" else ("TrainerLambda", "start")
-    return [Message(*first, plan.run, epoch, batch, source=source, hop=hop) for batch in range(plan.batches)]
+    first = (
+        ("NeuronLambda", "network")
+        if plan.parameters.granularity == "network"
+        else ("TrainerLambda", "start")
+    )
+    return [
+        Message(*first, plan.run, epoch, batch, source=source, hop=hop)
+        for batch in range(plan.batches)
+    ]
 
 # %% ../../nbs/cloud/01_messages.ipynb #8e7d7000
 def layer_messages(
     plan: Plan,
     message: Message,  # to the TrainerLambda
     direction: Direction,
-    layer: int,        # from 1
-    learn: bool=True,  # is a step of the weights wanted?
+    layer: int,  # from 1
+    learn: bool = True,  # is a step of the weights wanted?
 ) -> list[Message]:
     "TrainerLambda asks a layer: one NeuronLambda per block."
-    return [Message("NeuronLambda", direction, plan.run, message.epoch, message.batch, layer, first, count, message.source, message.hop + 1, learn)
-            for first, count in blocks(plan.parameters, layer)]
+    return [
+        Message(
+            "NeuronLambda",
+            direction,
+            plan.run,
+            message.epoch,
+            message.batch,
+            layer,
+            first,
+            count,
+            message.source,
+            message.hop + 1,
+            learn,
+        )
+        for first, count in blocks(plan.parameters, layer)
+    ]
 
 # %% ../../nbs/cloud/01_messages.ipynb #341f04ec
 def trainer_messages(
     plan: Plan,
     message: Message,  # to the TrainerLambda, or to a NeuronLambda that is the whole network
-    learn: bool=True,  # is a step of the weights wanted?
+    learn: bool = True,  # is a step of the weights wanted?
 ) -> list[Message]:
     "What a TrainerLambda sends on, after its own work; nothing after the last step of a mini-batch."
     last, layer = plan.parameters.layers, message.layer
-    if message.direction == "start": return layer_messages(plan, message, "forward", 1)
+    if message.direction == "start":
+        return layer_messages(plan, message, "forward", 1)
     if message.direction == "forward":
-        return layer_messages(plan, message, "forward", layer + 1) if layer < last else layer_messages(plan, message, "backward", last, learn)
+        return (
+            layer_messages(plan, message, "forward", layer + 1)
+            if layer < last
+            else layer_messages(plan, message, "backward", last, learn)
+        )
     return layer_messages(plan, message, "backward", layer - 1, learn) if layer > 1 else []
 
 # %% ../../nbs/cloud/01_messages.ipynb #92696332
@@ -129,29 +159,47 @@ def after_layer(
     message: Message,  # to any NeuronLambda of the layer
 ) -> Message:
     "What is sent when the last block of a layer has finished."
-    return Message("TrainerLambda", message.direction, message.run, message.epoch, message.batch, message.layer,
-                   source=message.source, hop=message.hop + 1, learn=message.learn)
+    return Message(
+        "TrainerLambda",
+        message.direction,
+        message.run,
+        message.epoch,
+        message.batch,
+        message.layer,
+        source=message.source,
+        hop=message.hop + 1,
+        learn=message.learn,
+    )
 
 # %% ../../nbs/cloud/01_messages.ipynb #b80ce372
 def after_epoch(
     message: Message,  # that ended any of the epoch's mini-batches
 ) -> Message:
     "What is sent when the last mini-batch of an epoch has finished."
-    return Message("LaunchLambda", "next", message.run, message.epoch, source=message.source, hop=message.hop + 1)
+    return Message(
+        "LaunchLambda",
+        "next",
+        message.run,
+        message.epoch,
+        source=message.source,
+        hop=message.hop + 1,
+    )
 
 # %% ../../nbs/cloud/01_messages.ipynb #bc43d62d
 def missing(
     plan: Plan,
-    start: Message,      # that began the mini-batch, from `epoch_messages`
+    start: Message,  # that began the mini-batch, from `epoch_messages`
     finished: set[str],  # steps of this mini-batch that are finished
-) -> list[Message]: # empty if all are
+) -> list[Message]:  # empty if all are
     "The messages that a mini-batch waits for."
     message = start
     while message.step in finished:
         asked = trainer_messages(plan, message)
-        if not asked: return []
+        if not asked:
+            return []
         waiting = [m for m in asked if m.step not in finished]
-        if waiting: return waiting
+        if waiting:
+            return waiting
         message = after_layer(asked[0])
     return [message]
 
@@ -159,60 +207,91 @@ def missing(
 def invocations_per_epoch(plan: Plan) -> int:
     "LaunchLambda once, and for each mini-batch its trainer's and its neurons' steps."
     parameters = plan.parameters
-    if parameters.granularity == "network": return 1 + plan.batches
+    if parameters.granularity == "network":
+        return 1 + plan.batches
     neurons = sum(block_count(parameters, l) for l in range(1, parameters.layers + 1))
     return 1 + plan.batches * (2 * neurons + 2 * parameters.layers + 1)
+
 
 def hop_budget(plan: Plan) -> int:
     "More hops than a message of this run can have made."
     return (4 * plan.parameters.layers + 4) * (plan.parameters.epochs + 1)
 
 # %% ../../nbs/cloud/01_messages.ipynb #26b4d866
-MOST_BATCHES = 7000    # of an epoch; a script on the parameter server takes no more than about 8,000 names at once
+MOST_BATCHES = 7000  # of an epoch; a script on the parameter server takes no more than about 8,000 names at once
 LARGEST_VALUE = 2**29  # bytes that the parameter server keeps under one name
 LAMBDA = 10_240 * 2**20  # bytes of memory that a Lambda function can have
 
-def memory_here() -> int: # bytes
+
+def memory_here() -> int:  # bytes
     "Memory that may hold one copy of the network: a function's own, or half of a machine's, where server and workers share it."
     own = os.environ.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")
-    return int(own) * 2**20 if own else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return (
+        int(own) * 2**20
+        if own
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    )
+
 
 def weight_bytes(
     parameters: Parameters,
     inputs: int,  # values per image
-) -> list[int]: # of each layer, what the optimizer keeps included
+) -> list[int]:  # of each layer, what the optimizer keeps included
     "What the weights of a network need."
-    widths, kept = [inputs, *parameters.sizes], {"sgd": 1, "momentum": 2, "adam": 3}[parameters.optimizer.name]
+    widths, kept = (
+        [inputs, *parameters.sizes],
+        {"sgd": 1, "momentum": 2, "adam": 3}[parameters.optimizer.name],
+    )
     each = kept * (4 if parameters.dtype == "float32" else 8)
     return [each * n * (n_prev + 1) for n_prev, n in zip(widths, widths[1:])]
+
 
 def in_words(
     count: int,  # bytes
 ) -> str:
     "An amount of memory as one would say it."
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB": return f"{count:,.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+        if count < 1024 or unit == "TiB":
+            return f"{count:,.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
         count /= 1024
 
 # %% ../../nbs/cloud/01_messages.ipynb #5c24f337
 def check_run(
     parameters: Parameters,
-    images: int,             # to learn from, those held back included
-    inputs: int,             # values per image
-    memory: int,             # bytes that there are for one copy of the network
+    images: int,  # to learn from, those held back included
+    inputs: int,  # values per image
+    memory: int,  # bytes that there are for one copy of the network
 ) -> None:
     "Raise an `InputError` for a run that can't come to its end."
-    fraction, held = parameters.validation_fraction, int(images * parameters.validation_fraction)
+    fraction, held = (
+        parameters.validation_fraction,
+        int(images * parameters.validation_fraction),
+    )
     if fraction and not held:
-        raise InputError(f"validation_fraction is {fraction:g}, which holds back no image of {images}; "
-                         f"{ceil(10_000 / images) / 10_000:g} or more holds back one, and 0 is off")
-    batches, needed = ceil((images - held) / parameters.batch_size), weight_bytes(parameters, inputs)
+        raise InputError(
+            f"validation_fraction is {fraction:g}, which holds back no image of {images}; "
+            f"{ceil(10_000 / images) / 10_000:g} or more holds back one, and 0 is off"
+        )
+    batches, needed = (
+        ceil((images - held) / parameters.batch_size),
+        weight_bytes(parameters, inputs),
+    )
     if batches > MOST_BATCHES:
-        raise InputError(f"batch_size is {parameters.batch_size}, which makes {batches:,} mini-batches of {images - held:,} images; at most "
-                         f"{MOST_BATCHES:,} are possible, so {ceil((images - held) / MOST_BATCHES)} or more")
+        raise InputError(
+            f"batch_size is {parameters.batch_size}, which makes {batches:,} mini-batches of {images - held:,} images; at most "
+            f"{MOST_BATCHES:,} are possible, so {ceil((images - held) / MOST_BATCHES)} or more"
+        )
     if sum(needed) > memory:
-        raise InputError(f"neurons ask for a network whose weights need {in_words(sum(needed))} of memory; there are {in_words(memory)} for them")
+        raise InputError(
+            f"neurons ask for a network whose weights need {in_words(sum(needed))} of memory; there are {in_words(memory)} for them"
+        )
     for layer, size in enumerate(needed, start=1):
-        value = size // parameters.neurons[f"layer{layer}"] if parameters.granularity == "neuron" else size
+        value = (
+            size // parameters.neurons[f"layer{layer}"]
+            if parameters.granularity == "neuron"
+            else size
+        )
         if value > LARGEST_VALUE:
-            raise InputError(f"neurons.layer{layer} is {parameters.neurons[f'layer{layer}']}, whose weights need {in_words(value)} in one piece; the parameter server keeps at most {in_words(LARGEST_VALUE)}")
+            raise InputError(
+                f"neurons.layer{layer} is {parameters.neurons[f'layer{layer}']}, whose weights need {in_words(value)} in one piece; the parameter server keeps at most {in_words(LARGEST_VALUE)}"
+            )

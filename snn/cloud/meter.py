@@ -21,21 +21,32 @@ from .residents import seat_counts
 from .runs import Status
 
 # %% ../../nbs/cloud/09_meter.ipynb #ea09d3ba
-FUNCTIONS = {"LaunchLambda": "launch_memory", "TrainerLambda": "trainer_memory", "NeuronLambda": "neuron_memory"}  # and what the file calls their memory
+FUNCTIONS = {
+    "LaunchLambda": "launch_memory",
+    "TrainerLambda": "trainer_memory",
+    "NeuronLambda": "neuron_memory",
+}  # and what the file calls their memory
+
 
 class Usage(Struct):
     "What is paid for."
-    invocations: dict[str, int] = field(default_factory=dict)   # by function
-    seconds: dict[str, float] = field(default_factory=dict)     # that the functions ran, by function
-    starts: dict[str, int] = field(default_factory=dict)        # environments that were started, by function
-    init: dict[str, float] = field(default_factory=dict)        # seconds of INIT in all, by function
-    messages: int = 0      # sent from function to function
-    writes: int = 0        # write request units of DynamoDB
-    puts: int = 0          # files put into S3
-    gets: int = 0          # files fetched from S3
+
+    invocations: dict[str, int] = field(default_factory=dict)  # by function
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # that the functions ran, by function
+    starts: dict[str, int] = field(
+        default_factory=dict
+    )  # environments that were started, by function
+    init: dict[str, float] = field(default_factory=dict)  # seconds of INIT in all, by function
+    messages: int = 0  # sent from function to function
+    writes: int = 0  # write request units of DynamoDB
+    puts: int = 0  # files put into S3
+    gets: int = 0  # files fetched from S3
     mails: int = 0
-    hours: float = 0.0     # that the run took
-    lines: int = 0         # of the log that are our own; 0: one for each invocation
+    hours: float = 0.0  # that the run took
+    lines: int = 0  # of the log that are our own; 0: one for each invocation
+
 
 def cost_units(
     batches: int,  # mini-batches in an epoch
@@ -49,112 +60,187 @@ def gb_seconds(
     book: Book,
 ) -> float:
     "Memory times time, INIT included."
-    return sum((usage.seconds.get(name, 0) + usage.init.get(name, 0)) * book.setup[memory].value / 1024 for name, memory in FUNCTIONS.items())
+    return sum(
+        (usage.seconds.get(name, 0) + usage.init.get(name, 0))
+        * book.setup[memory].value
+        / 1024
+        for name, memory in FUNCTIONS.items()
+    )
+
 
 def bill(
     usage: Usage,
     book: Book,
-) -> dict[str, float]: # USD, by service
+) -> dict[str, float]:  # USD, by service
     "What the usage costs."
     price = lambda name: book.prices[name].value
     setup = lambda name: book.setup[name].value
     invocations = sum(usage.invocations.values())
-    return {"Lambda, requests": invocations * price("lambda_request"),
-            "Lambda, time": gb_seconds(usage, book) * price("lambda_gb_second"),
-            "Valkey": usage.hours * setup("nodes") * price("valkey_hour"),
-            "DynamoDB": usage.writes * price("dynamodb_write"),
-            "Endpoints": usage.hours * setup("endpoints") * price("endpoint_hour") + usage.messages * setup("message_bytes") / 1e9 * price("endpoint_gb"),
-            "CloudWatch": (invocations * setup("record_bytes") + (usage.lines or invocations) * setup("line_bytes")) / 1e9 * price("logs_gb") + usage.hours * setup("metrics") * price("metric_hour"),
-            "S3": usage.puts * price("s3_put") + usage.gets * price("s3_get"),
-            "SNS": usage.mails * price("mail"),
-            "Secrets Manager": sum(usage.starts.values()) * price("secret_call") + usage.hours * price("secret_hour")}
+    return {
+        "Lambda, requests": invocations * price("lambda_request"),
+        "Lambda, time": gb_seconds(usage, book) * price("lambda_gb_second"),
+        "Valkey": usage.hours * setup("nodes") * price("valkey_hour"),
+        "DynamoDB": usage.writes * price("dynamodb_write"),
+        "Endpoints": usage.hours * setup("endpoints") * price("endpoint_hour")
+        + usage.messages * setup("message_bytes") / 1e9 * price("endpoint_gb"),
+        "CloudWatch": (
+            invocations * setup("record_bytes")
+            + (usage.lines or invocations) * setup("line_bytes")
+        )
+        / 1e9
+        * price("logs_gb")
+        + usage.hours * setup("metrics") * price("metric_hour"),
+        "S3": usage.puts * price("s3_put") + usage.gets * price("s3_get"),
+        "SNS": usage.mails * price("mail"),
+        "Secrets Manager": sum(usage.starts.values()) * price("secret_call")
+        + usage.hours * price("secret_hour"),
+    }
 
 # %% ../../nbs/cloud/09_meter.ipynb #f6fd569d
 def files_and_mails(
     plan: Plan,
     epochs: int,
-    ended: bool=True,  # are the results among the files?
-) -> tuple[int, int]: # files put into S3, and mails
+    ended: bool = True,  # are the results among the files?
+) -> tuple[int, int]:  # files put into S3, and mails
     "What follows from the parameters alone."
     p = plan.parameters
-    saved, told = (epochs // every if every else 0 for every in (p.checkpoint_every, p.notify_every))
+    saved, told = (
+        epochs // every if every else 0 for every in (p.checkpoint_every, p.notify_every)
+    )
     return 2 + bool(p.validation_fraction) + saved + 5 * ended, 1 + told + ended
+
 
 def stays(
     plan: Plan,
     seconds: float,  # that the run takes
     book: Book,
-) -> dict[str, int]: # by function; empty for a run whose functions do not stay
+) -> dict[str, int]:  # by function; empty for a run whose functions do not stay
     "How often functions are invoked to stay: each calls its successor when a quarter of its time is left."
-    long = lambda name: .75 * book.quotas["launch_timeout" if name == "LaunchLambda" else "timeout"].value
-    return {name: count * (1 + int(seconds // long(name))) for name, count in seat_counts(plan).items()}
+    long = lambda name: (
+        0.75 * book.quotas["launch_timeout" if name == "LaunchLambda" else "timeout"].value
+    )
+    return {
+        name: count * (1 + int(seconds // long(name)))
+        for name, count in seat_counts(plan).items()
+    }
+
 
 def staying(
     plan: Plan,
-    usage: Usage,   # as if each message had invoked a function
+    usage: Usage,  # as if each message had invoked a function
     book: Book,
 ) -> Usage:
     "The usage of functions that stay: paid for from the first message to the last, at work or not, and while a successor starts."
     seconds = usage.hours * 3600
-    invoked, start = stays(plan, seconds, book), book.latencies["deliver"].value + book.latencies["connect"].value
-    if not invoked: return usage
-    paid = {name: count * seconds + invoked[name] * start for name, count in seat_counts(plan).items()}
-    return msgspec.structs.replace(usage, invocations=invoked | {"LaunchLambda": invoked["LaunchLambda"] + 1}, seconds=paid, messages=sum(invoked.values()),
-                                   lines=sum(usage.invocations.values()))
+    invoked, start = (
+        stays(plan, seconds, book),
+        book.latencies["deliver"].value + book.latencies["connect"].value,
+    )
+    if not invoked:
+        return usage
+    paid = {
+        name: count * seconds + invoked[name] * start
+        for name, count in seat_counts(plan).items()
+    }
+    return msgspec.structs.replace(
+        usage,
+        invocations=invoked | {"LaunchLambda": invoked["LaunchLambda"] + 1},
+        seconds=paid,
+        messages=sum(invoked.values()),
+        lines=sum(usage.invocations.values()),
+    )
+
 
 def measured(
     plan: Plan,
     counts: dict[str, Count],  # from the ledger, by function
-    epochs: int,               # so far
-    hours: float,              # so far
+    epochs: int,  # so far
+    hours: float,  # so far
     book: Book,
-    ended: bool=False,
+    ended: bool = False,
 ) -> Usage:
     "What a run has used so far."
-    overhead, starts = book.latencies["overhead"].value, {name: count.starts for name, count in counts.items()}
+    overhead, starts = (
+        book.latencies["overhead"].value,
+        {name: count.starts for name, count in counts.items()},
+    )
     total = lambda field: sum(getattr(count, field) for count in counts.values())
     puts, mails = files_and_mails(plan, epochs, ended)
     noted = 0 if plan.parameters.residents else total("attempts") + total("finished")
-    return staying(plan, Usage({name: count.attempts for name, count in counts.items()},
-                               {name: count.billed / 1e6 + count.attempts * overhead for name, count in counts.items()},
-                               starts, {name: count.init / 1e6 for name, count in counts.items()}, total("messages"),
-                               noted + total("costs") * cost_units(plan.batches), puts, sum(starts.values()) + 2, mails, hours), book)
+    return staying(
+        plan,
+        Usage(
+            {name: count.attempts for name, count in counts.items()},
+            {
+                name: count.billed / 1e6 + count.attempts * overhead
+                for name, count in counts.items()
+            },
+            starts,
+            {name: count.init / 1e6 for name, count in counts.items()},
+            total("messages"),
+            noted + total("costs") * cost_units(plan.batches),
+            puts,
+            sum(starts.values()) + 2,
+            mails,
+            hours,
+        ),
+        book,
+    )
 
 # %% ../../nbs/cloud/09_meter.ipynb #175aaf3b
 def uploaded_at(
     plan: Plan,
-) -> float: # seconds since 1970
+) -> float:  # seconds since 1970
     "When the run was uploaded; a run that was taken up again is as old as at first."
-    return datetime.strptime(plan.started, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
+    return (
+        datetime.strptime(plan.started, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=UTC).timestamp()
+    )
+
 
 class Reading(Struct):
     "What the meter shows."
-    region: str                # whose prices were taken
-    dollars: float             # in all, what was spent before the run was taken up again included
-    per_epoch: float           # USD, on average
-    per_neuron: float          # USD, in all
-    bill: dict[str, float]     # USD, by service
+
+    region: str  # whose prices were taken
+    dollars: float  # in all, what was spent before the run was taken up again included
+    per_epoch: float  # USD, on average
+    per_neuron: float  # USD, in all
+    bill: dict[str, float]  # USD, by service
     usage: Usage
     messages: int
-    stored: int                # bytes, see `cloud.counts`
+    stored: int  # bytes, see `cloud.counts`
     asked: int
     fetched: int
     weights: int
-    writes: int                # into the ledger
+    writes: int  # into the ledger
+
 
 def reading(
     plan: Plan,
     counts: dict[str, Count],  # from the ledger
-    status: Status,            # how far the run is
-    now: float,                # seconds since 1970
+    status: Status,  # how far the run is
+    now: float,  # seconds since 1970
     book: Book,
-    ended: bool=False,
+    ended: bool = False,
 ) -> Reading:
     "What a run has cost so far."
-    epochs, hours = status.epoch + 1, max(0., now - (status.since or uploaded_at(plan))) / 3600
+    epochs, hours = (
+        status.epoch + 1,
+        max(0.0, now - (status.since or uploaded_at(plan))) / 3600,
+    )
     usage = measured(plan, counts, epochs, hours, book, ended)
-    parts, total = bill(usage, book), lambda field: sum(getattr(count, field) for count in counts.values())
+    parts, total = (
+        bill(usage, book),
+        lambda field: sum(getattr(count, field) for count in counts.values()),
+    )
     dollars = status.before + sum(parts.values())
-    return Reading(book.region, dollars, dollars / max(1, epochs), dollars / sum(plan.parameters.sizes), parts, usage,
-                   *(total(field) for field in ("messages", "stored", "asked", "fetched", "weights")),
-                   total("costs") + (0 if plan.parameters.residents else total("attempts") + total("finished")))
+    return Reading(
+        book.region,
+        dollars,
+        dollars / max(1, epochs),
+        dollars / sum(plan.parameters.sizes),
+        parts,
+        usage,
+        *(total(field) for field in ("messages", "stored", "asked", "fetched", "weights")),
+        total("costs")
+        + (0 if plan.parameters.residents else total("attempts") + total("finished")),
+    )

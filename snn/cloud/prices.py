@@ -21,23 +21,30 @@ from ..maths.parameters import InputError
 # %% ../../nbs/cloud/08_prices.ipynb #b7b51284
 class Number(Struct, frozen=True, forbid_unknown_fields=True):
     "A number, what it counts, who says so, and since when."
+
     value: float
     unit: str
-    source: str             # address of a public page, or a file of this repository
-    date: str               # year and month in which the source said so
-    low: float | None = None   # the end that is faster or cheaper
+    source: str  # address of a public page, or a file of this repository
+    date: str  # year and month in which the source said so
+    low: float | None = None  # the end that is faster or cheaper
     high: float | None = None  # the end that is slower or dearer
     note: str = ""
 
+
 class File(Struct, frozen=True, forbid_unknown_fields=True):
     "The whole file."
-    prices: dict[str, dict[str, Number] | str]  # by region; a word stands for another region with the same prices
+
+    prices: dict[
+        str, dict[str, Number] | str
+    ]  # by region; a word stands for another region with the same prices
     setup: dict[str, Number]
     latencies: dict[str, Number]
     quotas: dict[str, Number]
 
+
 class Book(NamedTuple):
     "The numbers that hold in one region."
+
     region: str
     prices: dict[str, Number]
     setup: dict[str, Number]
@@ -47,15 +54,22 @@ class Book(NamedTuple):
 # %% ../../nbs/cloud/08_prices.ipynb #cf98e667
 OURS = Path(cloud.__file__).with_name("prices.json")
 
+
 def _merged(ours: dict, changes: dict, where: str, source: str) -> dict:
     "Our numbers with somebody's changes; a bare number changes the value and names its file as the source."
     result = dict(ours)
     for name, change in changes.items():
-        if name not in ours: raise InputError(f"{where}{name} is not known; {_nearest(name, list(ours))}")
-        if isinstance(change, (int, float)) and not isinstance(change, bool): change = {"value": change, "source": source, "date": ""}
-        if not isinstance(change, dict): raise InputError(f"{where}{name} holds {json.dumps(change)[:60]}; it may hold a number, or an object with a value")
+        if name not in ours:
+            raise InputError(f"{where}{name} is not known; {_nearest(name, list(ours))}")
+        if isinstance(change, (int, float)) and not isinstance(change, bool):
+            change = {"value": change, "source": source, "date": ""}
+        if not isinstance(change, dict):
+            raise InputError(
+                f"{where}{name} holds {json.dumps(change)[:60]}; it may hold a number, or an object with a value"
+            )
         result[name] = {**ours[name], "note": "", **change}
     return result
+
 
 def _nearest(name: str, known: list[str]) -> str:
     found = difflib.get_close_matches(name, known, n=1)
@@ -64,40 +78,63 @@ def _nearest(name: str, known: list[str]) -> str:
 # %% ../../nbs/cloud/08_prices.ipynb #478d4229
 def _changed(ours: dict, changes: dict, source: str) -> dict:
     "The whole file with somebody's changes."
-    if not isinstance(changes, dict): raise InputError(f"{source}: must hold an object")
+    if not isinstance(changes, dict):
+        raise InputError(f"{source}: must hold an object")
     result = dict(ours)
     for part, values in changes.items():
-        if part not in ours: raise InputError(f"{source}: {part} is not known; {_nearest(part, list(ours))}")
-        if not isinstance(values, dict): raise InputError(f"{source}: {part} must hold an object")
-        if part != "prices": result[part] = _merged(ours[part], values, f"{source}: {part}.", source); continue
-        for region, prices in values.items(): result["prices"] = {**result["prices"], region: _region(ours["prices"], region, prices, source)}
+        if part not in ours:
+            raise InputError(f"{source}: {part} is not known; {_nearest(part, list(ours))}")
+        if not isinstance(values, dict):
+            raise InputError(f"{source}: {part} must hold an object")
+        if part != "prices":
+            result[part] = _merged(ours[part], values, f"{source}: {part}.", source)
+            continue
+        for region, prices in values.items():
+            result["prices"] = {
+                **result["prices"],
+                region: _region(ours["prices"], region, prices, source),
+            }
     return result
+
 
 def _region(ours: dict, region: str, prices: dict | str, source: str) -> dict | str:
     "A region's prices: ours changed, or all of them new."
-    if isinstance(prices, str): return prices
-    if not isinstance(prices, dict): raise InputError(f"{source}: prices.{region} must hold an object")
+    if isinstance(prices, str):
+        return prices
+    if not isinstance(prices, dict):
+        raise InputError(f"{source}: prices.{region} must hold an object")
     base = ours[ours[region]] if isinstance(ours.get(region), str) else ours.get(region)
     if base is None:
         missing = [name for name in ours["us-east-1"] if name not in prices]
-        if missing: raise InputError(f"{source}: prices.{region} is new and must have all prices; it has no {', '.join(missing)}")
+        if missing:
+            raise InputError(
+                f"{source}: prices.{region} is new and must have all prices; it has no {', '.join(missing)}"
+            )
     return _merged(base or ours["us-east-1"], prices, f"{source}: prices.{region}.", source)
 
 # %% ../../nbs/cloud/08_prices.ipynb #df565eeb
 @lru_cache(maxsize=8)
 def load(
-    path: Path | None=None,   # somebody's changes
-    region: str="us-east-1",
+    path: Path | None = None,  # somebody's changes
+    region: str = "us-east-1",
 ) -> Book:
     "The numbers of a region; raises `InputError`."
     values = json.loads(OURS.read_bytes())
-    if path: values = _changed(values, _read(Path(path)), str(path))
-    try: file = msgspec.convert(values, File)
-    except msgspec.ValidationError as error: raise InputError(f"{path or OURS.name}: {error}") from None
+    if path:
+        values = _changed(values, _read(Path(path)), str(path))
+    try:
+        file = msgspec.convert(values, File)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path or OURS.name}: {error}") from None
     prices = file.prices.get(region)
-    if isinstance(prices, str): prices = file.prices.get(prices)
-    if prices is None: raise InputError(f"there are no prices for {region}, only for {', '.join(file.prices)}; --prices takes a file that has them")
+    if isinstance(prices, str):
+        prices = file.prices.get(prices)
+    if prices is None:
+        raise InputError(
+            f"there are no prices for {region}, only for {', '.join(file.prices)}; --prices takes a file that has them"
+        )
     return Book(region, prices, file.setup, file.latencies, file.quotas)
+
 
 def nearest(
     region: str,  # as AWS calls it; may be one that we have no prices of
@@ -106,7 +143,11 @@ def nearest(
     known = json.loads(OURS.read_bytes())["prices"]
     return load(region=region if region in known else "us-east-1")
 
+
 def _read(path: Path) -> dict:
-    if not path.is_file(): raise InputError(f"{path}: no such file")
-    try: return json.loads(path.read_bytes())
-    except ValueError as error: raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None

@@ -19,30 +19,45 @@ from .store import Store, tag
 # %% ../../nbs/cloud/12_residents.ipynb #8b8ead89
 class Seat(Struct, frozen=True):
     "A place for a function that stays; also the event that asks a function to take it."
+
     run: str
     function: Function
-    number: int         # among the seats of the same function, from 0
+    number: int  # among the seats of the same function, from 0
     state: str = "stay"
+
 
 def seat_counts(
     plan: Plan,
-) -> dict[str, int]: # by function; empty for a run whose functions do not stay
+) -> dict[str, int]:  # by function; empty for a run whose functions do not stay
     "How many of each function stay."
     p = plan.parameters
-    if not p.residents: return {}
+    if not p.residents:
+        return {}
     widest = max(p.sizes) if p.granularity == "neuron" else 1
-    trainers = {} if p.granularity == "network" else {"TrainerLambda": min(p.residents, plan.batches)}
-    return {"LaunchLambda": 1, **trainers, "NeuronLambda": min(p.residents, plan.batches * widest)}
+    trainers = (
+        {} if p.granularity == "network" else {"TrainerLambda": min(p.residents, plan.batches)}
+    )
+    return {
+        "LaunchLambda": 1,
+        **trainers,
+        "NeuronLambda": min(p.residents, plan.batches * widest),
+    }
+
 
 def seats(
     plan: Plan,
 ) -> list[Seat]:
     "All seats of a run."
-    return [Seat(plan.run, function, number) for function, count in seat_counts(plan).items() for number in range(count)]
+    return [
+        Seat(plan.run, function, number)
+        for function, count in seat_counts(plan).items()
+        for number in range(count)
+    ]
 
 # %% ../../nbs/cloud/12_residents.ipynb #68944dee
-LEASE = 30      # seconds after which a seat is vacant, if who sits there is not heard of
+LEASE = 30  # seconds after which a seat is vacant, if who sits there is not heard of
 KEEP = 24 * 3600  # seconds that a queue nobody takes from is kept
+
 
 def queue_key(
     run: str,
@@ -51,10 +66,15 @@ def queue_key(
     "Key of the messages to a function that stays."
     return f"{tag(run)}:queue:{function}"
 
+
 def _keys(seat: Seat) -> tuple[str, str, str]:
     "Who sits there, what is in hand there, and what waits."
     name = f"{seat.function}/{seat.number}"
-    return f"{tag(seat.run)}:seat:{name}", f"{tag(seat.run)}:hand:{name}", queue_key(seat.run, seat.function)
+    return (
+        f"{tag(seat.run)}:seat:{name}",
+        f"{tag(seat.run)}:hand:{name}",
+        queue_key(seat.run, seat.function),
+    )
 
 # %% ../../nbs/cloud/12_residents.ipynb #ba0727cb
 SIT = """
@@ -84,14 +104,20 @@ redis.call('DEL', KEYS[1])
 # %% ../../nbs/cloud/12_residents.ipynb #dc92fe02
 class Residents:
     "The seats and queues of all runs whose functions stay. `run in residents` asks whether a run's do."
-    def __init__(self,
+
+    def __init__(
+        self,
         store: Store,
-        runs: Runs,    # on the same server
+        runs: Runs,  # on the same server
     ):
         self.store, self.runs = store, runs
-        self.scripts = {name: store.script(text) for name, text in {"sit": SIT, "take": TAKE, "leave": LEAVE}.items()}
+        self.scripts = {
+            name: store.script(text)
+            for name, text in {"sit": SIT, "take": TAKE, "leave": LEAVE}.items()
+        }
 
-    def __contains__(self, run: str) -> bool: return self.runs.plan(run).parameters.residents > 0
+    def __contains__(self, run: str) -> bool:
+        return self.runs.plan(run).parameters.residents > 0
 
     def _ask(self, script: str, seat: Seat, *args):
         return self.store.now("EVALSHA", self.scripts[script], 3, *_keys(seat), *args)
@@ -99,7 +125,11 @@ class Residents:
     def send(self, messages: Sequence[Message]) -> None:
         "Put messages of a run into the queues of their functions, now: somebody waits for them."
         for function in dict.fromkeys(message.function for message in messages):
-            self._put(messages[0].run, function, [letter(message) for message in messages if message.function == function])
+            self._put(
+                messages[0].run,
+                function,
+                [letter(message) for message in messages if message.function == function],
+            )
 
     def put(self, run: str, envelope: Envelope) -> None:
         "Put an envelope into its function's queue."
@@ -112,7 +142,9 @@ class Residents:
     def vacant(self, plan: Plan) -> list[Seat]:
         "Seats of a run where nobody sits."
         every = seats(plan)
-        found = self.store.ask(*(("EXISTS", _keys(seat)[0]) for seat in every)) if every else []
+        found = (
+            self.store.ask(*(("EXISTS", _keys(seat)[0]) for seat in every)) if every else []
+        )
         return [seat for seat, taken in zip(every, found) if not taken]
 
     def sit(self, seat: Seat, who: str) -> None:
@@ -123,7 +155,8 @@ class Residents:
         "A share of the queue; waits `wait` seconds at most for a first message. None if somebody else has the seat by now."
         share = seat_counts(self.runs.plan(seat.run))[seat.function]
         taken = self._ask("take", seat, who, LEASE, KEEP, share)
-        if taken is None: return None
+        if taken is None:
+            return None
         if not taken and wait:
             _, hand, queue = _keys(seat)
             first = self.store.client.blmove(queue, hand, wait, "LEFT", "RIGHT")

@@ -18,30 +18,34 @@ from .store import Incomplete, Outbox, key, tag
 # %% ../../nbs/cloud/03_runs.ipynb #2dec3871
 class Status(Struct, omit_defaults=False):
     "How far a run is."
-    state: str = "running"     # running, finished, failed or stopped
-    epoch: int = -1            # newest finished epoch, from 0
+
+    state: str = "running"  # running, finished, failed or stopped
+    epoch: int = -1  # newest finished epoch, from 0
     cost: float | None = None  # of that epoch
-    source: str = ""           # which mini-batch of which epoch holds the newest weights
-    reason: str = ""           # why it is not running any more
-    updated: float = 0.0       # seconds since 1970
-    validation: float | None = None       # cost of the images held back
+    source: str = ""  # which mini-batch of which epoch holds the newest weights
+    reason: str = ""  # why it is not running any more
+    updated: float = 0.0  # seconds since 1970
+    validation: float | None = None  # cost of the images held back
     best_validation: float | None = None  # the lowest so far
-    best_epoch: int = -1                  # that had it
-    spent: float = 0.0         # USD at AWS's prices, when it was last counted
-    before: float = 0.0        # USD that the run had cost before it was taken up again
-    since: float = 0.0         # when that was, in seconds since 1970
-    cut: bool = False          # is it ended by `max_cost` or `deadline`?
+    best_epoch: int = -1  # that had it
+    spent: float = 0.0  # USD at AWS's prices, when it was last counted
+    before: float = 0.0  # USD that the run had cost before it was taken up again
+    since: float = 0.0  # when that was, in seconds since 1970
+    cut: bool = False  # is it ended by `max_cost` or `deadline`?
 
 # %% ../../nbs/cloud/03_runs.ipynb #97425d31
 def _number(run: str) -> int:
     "Which resumption a run is; 0 for none."
     return int(run.partition("~")[2] or 0)
 
+
 class Runs:
     "The records of all runs on one parameter server."
-    def __init__(self,
-        store: Outbox,           # whose server holds the records
-        ttl: int=7 * 24 * 3600,  # seconds that a record is kept
+
+    def __init__(
+        self,
+        store: Outbox,  # whose server holds the records
+        ttl: int = 7 * 24 * 3600,  # seconds that a record is kept
     ):
         self.store, self.client, self.ttl = store, store.client, ttl
         self.plan = lru_cache(maxsize=16)(self._plan)  # a plan never changes
@@ -51,12 +55,14 @@ class Runs:
         first = self.client.hsetnx(f"{tag(plan.run)}:run", "plan", msgspec.json.encode(plan))
         self.client.expire(f"{tag(plan.run)}:run", self.ttl)
         self.client.zadd("snn:runs", {plan.run: time.time()}, nx=True)
-        if _number(plan.run) > _number(self.newest(plan.name)): self.client.hset("snn:newest", plan.name, plan.run)
+        if _number(plan.run) > _number(self.newest(plan.name)):
+            self.client.hset("snn:newest", plan.name, plan.run)
         return bool(first)
 
     def _plan(self, run: str) -> Plan:
         value = self.store.now("HGET", f"{tag(run)}:run", "plan")
-        if value is None: raise Incomplete(f"the parameter server knows no run {run}")
+        if value is None:
+            raise Incomplete(f"the parameter server knows no run {run}")
         return msgspec.json.decode(value, type=Plan)
 
     def status(self, run: str) -> Status:
@@ -74,14 +80,18 @@ class Runs:
 
     def costs(self, run: str) -> list[float]:
         "Cost of each finished epoch, first epoch first."
-        found = {int(epoch): float(cost) for epoch, cost in self.store.now("HGETALL", f"{tag(run)}:costs").items()}
+        found = {
+            int(epoch): float(cost)
+            for epoch, cost in self.store.now("HGETALL", f"{tag(run)}:costs").items()
+        }
         return [found[epoch] for epoch in sorted(found)]
 
     def stop(self, plan: Plan, state: str, reason: str) -> None:
         "End a run now: every mini-batch refuses further work."
         status = self.status(plan.run)
         self.update(plan.run, msgspec.structs.replace(status, state=state, reason=reason))
-        for batch in (ALL, *range(plan.batches)): self.client.hset(tag(plan.run, batch), "stopped", 1)
+        for batch in (ALL, *range(plan.batches)):
+            self.client.hset(tag(plan.run, batch), "stopped", 1)
         self.store.flush()
 
     def refuse(self, name: str, reason: str) -> None:
@@ -95,7 +105,10 @@ class Runs:
 
     def refused(self) -> dict[str, str]:
         "Uploads that started no run, by their ETag, and why."
-        return {name.decode(): reason.decode() for name, reason in self.client.hgetall("snn:refused").items()}
+        return {
+            name.decode(): reason.decode()
+            for name, reason in self.client.hgetall("snn:refused").items()
+        }
 
     def count(self, run: str, what: str, number: int = 1) -> None:
         "Add to what is counted for a run, as `mended` messages."
@@ -108,14 +121,21 @@ class Runs:
     def still_for(self, run: str, progress: int) -> float:
         "Seconds since `progress`, any number that grows as the run does, was last seen to change."
         seen, since = self.client.hmget(f"{tag(run)}:run", "progress", "since")
-        if seen is not None and int(seen) == progress: return time.time() - float(since)
-        self.client.hset(f"{tag(run)}:run", mapping={"progress": progress, "since": time.time()})
+        if seen is not None and int(seen) == progress:
+            return time.time() - float(since)
+        self.client.hset(
+            f"{tag(run)}:run", mapping={"progress": progress, "since": time.time()}
+        )
         return 0.0
 
     def finished_steps(self, run: str, batch: int, epoch: int) -> set[str]:
         "Steps of a mini-batch, or of the epoch, that are finished."
         fields = self.store.now("HKEYS", key(run, batch, epoch))
-        return {field.decode().removeprefix("finished:") for field in fields if field.startswith(b"finished:")}
+        return {
+            field.decode().removeprefix("finished:")
+            for field in fields
+            if field.startswith(b"finished:")
+        }
 
     def knows(self, run: str) -> bool:
         "Has this server a record of the run?"

@@ -22,11 +22,22 @@ from .runs import Runs
 from .store import Store, connect
 
 # %% ../../nbs/cloud/07_services.ipynb #acdd97a5
-ACCOUNT = {"AWS_ENDPOINT_URL": "endpoint_url", "AWS_DEFAULT_REGION": "region_name", "AWS_ACCESS_KEY_ID": "aws_access_key_id",
-           "AWS_SECRET_ACCESS_KEY": "aws_secret_access_key", "AWS_SESSION_TOKEN": "aws_session_token"}
+ACCOUNT = {
+    "AWS_ENDPOINT_URL": "endpoint_url",
+    "AWS_DEFAULT_REGION": "region_name",
+    "AWS_ACCESS_KEY_ID": "aws_access_key_id",
+    "AWS_SECRET_ACCESS_KEY": "aws_secret_access_key",
+    "AWS_SESSION_TOKEN": "aws_session_token",
+}
 
-NO_ACCOUNT = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true",
-              "NO_PROXY": "*", "no_proxy": "*"}
+NO_ACCOUNT = {
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "*",
+    "no_proxy": "*",
+}
+
 
 def needs_no_account(
     environment: Mapping[str, str],
@@ -34,23 +45,38 @@ def needs_no_account(
     "Does the environment lead to an AWS that asks for no account?"
     return environment.get("AWS_CONFIG_FILE") == os.devnull
 
+
 def surroundings(
     environment: Mapping[str, str],  # that leads to the services
 ) -> dict[str, str]:
     "This process's environment with another one over it; of the user's AWS settings, only what that one needs."
     mine = dict(os.environ)
-    if needs_no_account(environment): mine = {name: value for name, value in mine.items() if not name.startswith("AWS_")}
+    if needs_no_account(environment):
+        mine = {name: value for name, value in mine.items() if not name.startswith("AWS_")}
     return mine | environment
+
 
 @lru_cache(maxsize=2)
 def _session(own: bool):
     "A boto3 session; one of our own knows no profile and no file of the user's. Imported here, since a worker that needs none starts faster."
     import boto3
     from botocore.session import Session
-    if not own: return boto3.Session()
-    nowhere = (None, None, os.devnull, None)  # no name in a file, no variable, a default, no conversion
-    known = {"profile": (None, None, None, None), "config_file": nowhere, "credentials_file": nowhere}
+
+    if not own:
+        return boto3.Session()
+    nowhere = (
+        None,
+        None,
+        os.devnull,
+        None,
+    )  # no name in a file, no variable, a default, no conversion
+    known = {
+        "profile": (None, None, None, None),
+        "config_file": nowhere,
+        "credentials_file": nowhere,
+    }
     return boto3.Session(botocore_session=Session(session_vars=known))
+
 
 def aws_client(
     service: str,
@@ -58,11 +84,23 @@ def aws_client(
 ):
     "A boto3 client of the environment's account."
     from botocore.config import Config
-    options = {option: environment[name] for name, option in ACCOUNT.items() if environment.get(name)}
+
+    options = {
+        option: environment[name] for name, option in ACCOUNT.items() if environment.get(name)
+    }
     own, settings = needs_no_account(environment), {}
-    if own: settings = {"use_fips_endpoint": False, "use_dualstack_endpoint": False, "s3": {"addressing_style": "path"}}
-    if is_loopback(environment.get("AWS_ENDPOINT_URL", "")): settings["proxies"] = {}
-    return _session(own).client(service, config=Config(max_pool_connections=16, **settings), **options)
+    if own:
+        settings = {
+            "use_fips_endpoint": False,
+            "use_dualstack_endpoint": False,
+            "s3": {"addressing_style": "path"},
+        }
+    if is_loopback(environment.get("AWS_ENDPOINT_URL", "")):
+        settings["proxies"] = {}
+    return _session(own).client(
+        service, config=Config(max_pool_connections=16, **settings), **options
+    )
+
 
 def is_loopback(
     url: str,
@@ -74,38 +112,65 @@ def is_loopback(
 # %% ../../nbs/cloud/07_services.ipynb #bc134beb
 class Services:
     "Store, runs, ledger, bus, buckets and topic of one process; each is made when first used."
-    def __init__(self,
-        environment: Mapping[str, str]=os.environ,
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] = os.environ,
     ):
         self.environment = environment
         self._buckets: dict[str, Bucket] = {}
 
     @cached_property
     def store(self) -> Store:
-        return Store(connect(self.environment["SNN_REDIS_URL"], self._password(), self.environment.get("SNN_REDIS_NAMESPACE", "")))
+        return Store(
+            connect(
+                self.environment["SNN_REDIS_URL"],
+                self._password(),
+                self.environment.get("SNN_REDIS_NAMESPACE", ""),
+            )
+        )
 
     def _password(self) -> str | None:
         "The parameter server's password, from Secrets Manager where the environment names a secret."
         arn = self.environment.get("SNN_REDIS_SECRET")
-        if not arn: return None
-        return json.loads(aws_client("secretsmanager", self.environment).get_secret_value(SecretId=arn)["SecretString"])["password"]
+        if not arn:
+            return None
+        return json.loads(
+            aws_client("secretsmanager", self.environment).get_secret_value(SecretId=arn)[
+                "SecretString"
+            ]
+        )["password"]
 
     @cached_property
-    def runs(self) -> Runs: return Runs(self.store)
+    def runs(self) -> Runs:
+        return Runs(self.store)
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        if self.environment.get("SNN_LEDGER") != "dynamodb": return StoreLedger(self.store)
-        return DynamoLedger(self.store, aws_client("dynamodb", self.environment), self.environment.get("SNN_TABLES", ""), self.residents)
+        if self.environment.get("SNN_LEDGER") != "dynamodb":
+            return StoreLedger(self.store)
+        return DynamoLedger(
+            self.store,
+            aws_client("dynamodb", self.environment),
+            self.environment.get("SNN_TABLES", ""),
+            self.residents,
+        )
 
     @cached_property
-    def residents(self) -> Residents: return Residents(self.store, self.runs)
+    def residents(self) -> Residents:
+        return Residents(self.store, self.runs)
 
     @cached_property
     def bus(self) -> LambdaBus | Queue:
         functions = self.environment.get("SNN_FUNCTIONS")
-        if not functions: return Queue(self.store, int(self.environment.get("SNN_WORKERS", "1")))
-        return LambdaBus(aws_client("lambda", self.environment), dict(zip(("LaunchLambda", "TrainerLambda", "NeuronLambda"), functions.split(","))), self.store, self.residents)
+        if not functions:
+            return Queue(self.store, int(self.environment.get("SNN_WORKERS", "1")))
+        return LambdaBus(
+            aws_client("lambda", self.environment),
+            dict(zip(("LaunchLambda", "TrainerLambda", "NeuronLambda"), functions.split(","))),
+            self.store,
+            self.residents,
+        )
 
     @cached_property
     def topic(self) -> Topic:
@@ -114,7 +179,8 @@ class Services:
 
     def bucket(self, name: str) -> Bucket:
         "A bucket, by name."
-        if name not in self._buckets: self._buckets[name] = Bucket(aws_client("s3", self.environment), name)
+        if name not in self._buckets:
+            self._buckets[name] = Bucket(aws_client("s3", self.environment), name)
         return self._buckets[name]
 
 # %% ../../nbs/cloud/07_services.ipynb #084748f0

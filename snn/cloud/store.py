@@ -36,12 +36,14 @@ def _head(kinds: tuple) -> bytes:
     head = json.dumps(kinds).encode()
     return head + b" " * (-(len(head) + 1) % 64) + b"\n"
 
+
 def encode(
     *arrays: np.ndarray,
 ) -> bytes:
     "Arrays as one string of bytes that says what it holds."
     head = _head(tuple((a.dtype.str, a.shape) for a in arrays))
     return b"".join([head, *(np.ascontiguousarray(a).data for a in arrays)])
+
 
 @lru_cache(maxsize=4096)
 def size_of(
@@ -50,20 +52,26 @@ def size_of(
 ) -> int:
     "Bytes of the string that `encode` makes of arrays of one type and these shapes."
     kind = np.dtype(dtype)
-    return len(_head(tuple((kind.str, shape) for shape in shapes))) + sum(prod(shape) * kind.itemsize for shape in shapes)
+    return len(_head(tuple((kind.str, shape) for shape in shapes))) + sum(
+        prod(shape) * kind.itemsize for shape in shapes
+    )
 
 # %% ../../nbs/cloud/02_store.ipynb #55d7bba5
 @lru_cache(maxsize=256)
 def _kinds(head: bytes) -> list[tuple[np.dtype, tuple[int, ...], int]]:
     "Type, shape and number of values of each array that follows; numbers only."
-    kinds = [(np.dtype(kind), tuple(shape), int(np.prod(shape))) for kind, shape in json.loads(head)]
+    kinds = [
+        (np.dtype(kind), tuple(shape), int(np.prod(shape))) for kind, shape in json.loads(head)
+    ]
     for dtype, _, _ in kinds:
-        if dtype.kind not in "fiu": raise ValueError(f"an array of {dtype} is not stored")
+        if dtype.kind not in "fiu":
+            raise ValueError(f"an array of {dtype} is not stored")
     return kinds
+
 
 def decode(
     value: bytes,  # from `encode`
-) -> tuple[np.ndarray, ...]: # read-only views into `value`
+) -> tuple[np.ndarray, ...]:  # read-only views into `value`
     "The arrays in a string of bytes."
     start, arrays = value.index(b"\n") + 1, []
     for dtype, shape, count in _kinds(value[:start]):
@@ -72,15 +80,20 @@ def decode(
     return tuple(arrays)
 
 # %% ../../nbs/cloud/02_store.ipynb #1fe5ba63
-MASTER, BEST = -2, -3  # as `batch`: weights that no single mini-batch has made, and the best so far
+MASTER, BEST = (
+    -2,
+    -3,
+)  # as `batch`: weights that no single mini-batch has made, and the best so far
 NAMES = {MASTER: "master", BEST: "best"}
+
 
 def tag(
     run: str,
-    batch: int=ALL,
+    batch: int = ALL,
 ) -> str:
     "Hash tag of a mini-batch, of the run, or of weights that belong to no mini-batch."
     return f"{{{run}}}" if batch == ALL else f"{{{run}/{NAMES.get(batch, batch)}}}"
+
 
 def key(
     run: str,
@@ -107,7 +120,9 @@ end
 """
 
 # %% ../../nbs/cloud/02_store.ipynb #4615c214
-OPEN = FENCE + """
+OPEN = (
+    FENCE
+    + """
 redis.call('HINCRBY', KEYS[2], role .. ':attempts', 1)
 redis.call('HINCRBY', KEYS[1], 'attempts:' .. step, 1)
 if redis.call('HEXISTS', KEYS[1], 'finished:' .. step) == 1 then
@@ -117,8 +132,11 @@ end
 if #ARGV == 4 then return {'open', {}} end
 return {'open', redis.call('HMGET', KEYS[1], unpack(ARGV, 5))}
 """
+)
 
-COUNTED = FENCE + """
+COUNTED = (
+    FENCE
+    + """
 local uncounted, microseconds, counted = ARGV[5] == '1', ARGV[6], ARGV[7]
 if uncounted then
   redis.call('HINCRBY', KEYS[2], role .. ':attempts', 1)
@@ -131,9 +149,12 @@ if first then
   for name, number in string.gmatch(counted, '(%a+)=(%d+)') do redis.call('HINCRBY', KEYS[2], role .. ':' .. name, number) end
 elseif uncounted then redis.call('HINCRBY', KEYS[2], role .. ':duplicates', 1) end
 """
+)
 
 # %% ../../nbs/cloud/02_store.ipynb #fa8d610a
-JOIN = COUNTED + """
+JOIN = (
+    COUNTED
+    + """
 local group, expected, following, letter, sender, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], ARGV[12], nil
 if first then
   if #ARGV > 12 then redis.call('HSET', KEYS[1], unpack(ARGV, 13)) end
@@ -144,65 +165,96 @@ if send then redis.call('HINCRBY', KEYS[2], sender .. ':messages', 1) end
 if send and KEYS[4] then redis.call('RPUSH', KEYS[4], letter) end
 return {'open', joined, send and 1 or 0}
 """
+)
 
 # %% ../../nbs/cloud/02_store.ipynb #63a63008
-PUT = FENCE + """
+PUT = (
+    FENCE
+    + """
 redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 return {'open'}
 """
+)
 
-FINISH = COUNTED + """
+FINISH = (
+    COUNTED
+    + """
 local letters = tonumber(ARGV[8])
 if first and #ARGV > 8 + letters then redis.call('HSET', KEYS[1], unpack(ARGV, 9 + letters)) end
 if first and letters > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 9, 8 + letters)) end
 return {'open'}
 """
+)
 
 # %% ../../nbs/cloud/02_store.ipynb #b520ee02
-BID = FENCE + """
+BID = (
+    FENCE
+    + """
 local lowest, leader = redis.call('HGET', KEYS[1], 'lowest'), tonumber(redis.call('HGET', KEYS[1], 'leader'))
 local cost, batch = tonumber(ARGV[5]), tonumber(ARGV[6])
 if lowest and (tonumber(lowest) < cost or (tonumber(lowest) == cost and leader < batch)) then return {'open', 0} end
 redis.call('HSET', KEYS[1], 'lowest', ARGV[5], 'leader', ARGV[6])
 return {'open', 1}
 """
+)
 
 # %% ../../nbs/cloud/02_store.ipynb #bf3e27c7
 PATIENCE = 60.0  # seconds that a server may refuse before a run ends
-REFUSALS = {redis.exceptions.ReadOnlyError: "READONLY", redis.exceptions.OutOfMemoryError: "OOM",
-            redis.exceptions.BusyLoadingError: "LOADING", redis.exceptions.MasterDownError: "MASTERDOWN"}
+REFUSALS = {
+    redis.exceptions.ReadOnlyError: "READONLY",
+    redis.exceptions.OutOfMemoryError: "OOM",
+    redis.exceptions.BusyLoadingError: "LOADING",
+    redis.exceptions.MasterDownError: "MASTERDOWN",
+}
+
 
 class Refusing(RuntimeError):
     "The parameter server has refused for longer than anybody should wait."
 
+
 def refusal(
     error: Exception,
-) -> str: # empty if it is no such error
+) -> str:  # empty if it is no such error
     "What the server says, if it may do the same a little later."
-    if str(error).startswith(("MISCONF", "max number of clients")): return str(error)
-    return next((f"{word} {error}" for kind, word in REFUSALS.items() if isinstance(error, kind)), "")
+    if str(error).startswith(("MISCONF", "max number of clients")):
+        return str(error)
+    return next(
+        (f"{word} {error}" for kind, word in REFUSALS.items() if isinstance(error, kind)), ""
+    )
+
 
 def patiently(
     ask: Callable,  # asks the server; may be called again
 ):
     "What the server answers; raises `Refusing` if it has refused for `PATIENCE` seconds."
-    began, pause, said = time.monotonic(), .02, False
+    began, pause, said = time.monotonic(), 0.02, False
     while True:
-        try: answer = ask()
+        try:
+            answer = ask()
         except redis.RedisError as error:
-            if not (words := refusal(error)): raise
+            if not (words := refusal(error)):
+                raise
             waited = time.monotonic() - began
-            if waited > PATIENCE: raise Refusing(f"the parameter server has refused for {PATIENCE:g} s; it says: {words}") from None
-            if waited > 1 and not said: logging.getLogger("snn").warning("The parameter server refuses, and is waited for; it says: %s", words)
+            if waited > PATIENCE:
+                raise Refusing(
+                    f"the parameter server has refused for {PATIENCE:g} s; it says: {words}"
+                ) from None
+            if waited > 1 and not said:
+                logging.getLogger("snn").warning(
+                    "The parameter server refuses, and is waited for; it says: %s", words
+                )
             said = said or waited > 1
             time.sleep(pause)
-            pause = min(2 * pause, .5)
+            pause = min(2 * pause, 0.5)
             continue
-        if said: logging.getLogger("snn").warning("The parameter server answers again.")
+        if said:
+            logging.getLogger("snn").warning("The parameter server answers again.")
         return answer
+
 
 class Client(redis.Redis):
     "A client that waits for a server which refuses for a while."
+
     def execute_command(self, *command, **options):
         "Send a command; returns its answer."
         return patiently(lambda: super(Client, self).execute_command(*command, **options))
@@ -211,18 +263,36 @@ class Client(redis.Redis):
 LARGE = 64 * 1024  # bytes of a value that is not to be copied without need
 READ_SIZE = 2**20  # bytes read from the connection at once
 
-WITHOUT_KEYS = {"AUTH", "CLIENT", "CONFIG", "DBSIZE", "EXEC", "HELLO", "INFO", "MULTI", "PING", "SCAN",
-                "SCRIPT", "SELECT", "SHUTDOWN"}
+WITHOUT_KEYS = {
+    "AUTH",
+    "CLIENT",
+    "CONFIG",
+    "DBSIZE",
+    "EXEC",
+    "HELLO",
+    "INFO",
+    "MULTI",
+    "PING",
+    "SCAN",
+    "SCRIPT",
+    "SELECT",
+    "SHUTDOWN",
+}
+
 
 def keys_in(
     command: tuple,
 ) -> slice:
     "Which words of a command are keys."
     name = command[0].upper().partition(" ")[0]
-    if name in WITHOUT_KEYS: return slice(0)
-    if name in ("EVAL", "EVALSHA"): return slice(3, 3 + int(command[2]))
-    if name in ("DEL", "EXISTS", "UNLINK"): return slice(1, None)
+    if name in WITHOUT_KEYS:
+        return slice(0)
+    if name in ("EVAL", "EVALSHA"):
+        return slice(3, 3 + int(command[2]))
+    if name in ("DEL", "EXISTS", "UNLINK"):
+        return slice(1, None)
     return slice(1, 3) if name in ("BLMOVE", "LMOVE") else slice(1, 2)
+
 
 def in_namespace(
     namespace: str,
@@ -230,47 +300,70 @@ def in_namespace(
 ) -> tuple:
     "The command, about keys in a namespace."
     named, where = list(command), keys_in(command)
-    put_before = lambda key: namespace.encode() + key if isinstance(key, bytes) else namespace + key
+    put_before = lambda key: (
+        namespace.encode() + key if isinstance(key, bytes) else namespace + key
+    )
     named[where] = [put_before(key) for key in named[where]]
     return tuple(named)
 
+
 class Packer:
     "Writes commands as the server reads them: in C, but with large values left where they are."
-    def __init__(self,
-        namespace: str="",  # goes before each key, where several clouds share a server
+
+    def __init__(
+        self,
+        namespace: str = "",  # goes before each key, where several clouds share a server
     ):
         self.namespace, self.small = namespace, HiredisRespSerializer()
         self.large = PythonRespSerializer(LARGE, Encoder("utf-8", "strict", False).encode)
 
     def pack(self, *command) -> list[bytes]:
         "A command as it is sent."
-        if self.namespace: command = in_namespace(self.namespace, command)
+        if self.namespace:
+            command = in_namespace(self.namespace, command)
         large = any(type(item) is bytes and len(item) > LARGE for item in command)
         return (self.large if large else self.small).pack(*command)
 
+
 def connect(
-    url: str,                    # redis://, rediss:// or unix://
-    password: str | None=None,   # goes before the environment's
-    namespace: str="",           # goes before each key
+    url: str,  # redis://, rediss:// or unix://
+    password: str | None = None,  # goes before the environment's
+    namespace: str = "",  # goes before each key
 ) -> redis.Redis:
     "A client with a bounded pool of connections, speaking RESP3."
-    given = {name: os.environ.get(f"SNN_REDIS_{name.upper()}") for name in ("user", "password")}
+    given = {
+        name: os.environ.get(f"SNN_REDIS_{name.upper()}") for name in ("user", "password")
+    }
     options = {"username": given["user"], "password": password or given["password"]}
-    try: return Client.from_url(url, max_connections=8, protocol=3, socket_read_size=READ_SIZE, command_packer=Packer(namespace),
-                                **{k: v for k, v in options.items() if v})
-    except ValueError: raise InputError("the address of the parameter server must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH") from None
+    try:
+        return Client.from_url(
+            url,
+            max_connections=8,
+            protocol=3,
+            socket_read_size=READ_SIZE,
+            command_packer=Packer(namespace),
+            **{k: v for k, v in options.items() if v},
+        )
+    except ValueError:
+        raise InputError(
+            "the address of the parameter server must be redis://HOST:PORT, rediss://HOST:PORT or unix://PATH"
+        ) from None
+
 
 def shown(
     url: str,  # of a parameter server
 ) -> str:
     "The address as it may be printed: without user and password."
-    try: parts = urlsplit(url)
-    except ValueError: return "its address"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "its address"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 # %% ../../nbs/cloud/02_store.ipynb #7b25f82c
 class Outbox:
     "Commands to the server; those that need no answer travel with the next one that does."
+
     def __init__(self, client: redis.Redis):
         self.client, self.waiting, self.shas = client, [], {}
         self.connection, self.lock = None, threading.Lock()
@@ -292,20 +385,28 @@ class Outbox:
     def ask(self, *wanted: tuple) -> list:
         "Send commands, after all that wait; returns their answers."
         commands, self.waiting = [*self.waiting, *wanted], []
-        try: answers = patiently(lambda: self._send(commands))
-        except redis.exceptions.NoScriptError:  # the server was restarted; each command may be sent again
-            for text in self.shas.values(): self.client.script_load(text)
+        try:
             answers = patiently(lambda: self._send(commands))
-        return answers[-len(wanted):]
+        except (
+            redis.exceptions.NoScriptError
+        ):  # the server was restarted; each command may be sent again
+            for text in self.shas.values():
+                self.client.script_load(text)
+            answers = patiently(lambda: self._send(commands))
+        return answers[-len(wanted) :]
 
     def _send(self, commands: list[tuple]) -> list:
         "Send commands over the one connection that is kept; after a broken connection, once again over a new one."
         with self.lock:
-            if self.connection is None: self.connection = self.client.connection_pool.get_connection()
-            try: answers = self._exchange(commands)
-            except redis.ConnectionError: answers = self._exchange(commands)
+            if self.connection is None:
+                self.connection = self.client.connection_pool.get_connection()
+            try:
+                answers = self._exchange(commands)
+            except redis.ConnectionError:
+                answers = self._exchange(commands)
         for answer in answers:
-            if isinstance(answer, Exception): raise answer
+            if isinstance(answer, Exception):
+                raise answer
         return answers
 
     def _exchange(self, commands: list[tuple]) -> list:
@@ -315,33 +416,44 @@ class Outbox:
         try:
             connection.send_packed_command(connection.pack_commands(together))
             answers = [self._read() for _ in together]
-        except BaseException: connection.disconnect(); raise  # half an exchange must not be taken for the next
-        if single or isinstance(answers[-1], list): return answers if single else answers[-1]
+        except BaseException:
+            connection.disconnect()
+            raise  # half an exchange must not be taken for the next
+        if single or isinstance(answers[-1], list):
+            return answers if single else answers[-1]
         return [next(answer for answer in answers if isinstance(answer, Exception))]
 
     def _read(self):
         "An answer; an error is one too."
-        try: return self.connection.read_response()
-        except redis.ResponseError as error: return error
+        try:
+            return self.connection.read_response()
+        except redis.ResponseError as error:
+            return error
 
     def flush(self) -> None:
         "Send all that wait."
-        if self.waiting: self.now(*self.waiting.pop())
+        if self.waiting:
+            self.now(*self.waiting.pop())
 
 # %% ../../nbs/cloud/02_store.ipynb #3e2377de
 class Opened(NamedTuple):
     "What an invocation finds when it begins."
-    status: str                      # open, finished, stale or stopped
-    values: list[bytes | None]       # the fields asked for
-    weights: list[bytes | None] = [] # and those of another mini-batch
+
+    status: str  # open, finished, stale or stopped
+    values: list[bytes | None]  # the fields asked for
+    weights: list[bytes | None] = []  # and those of another mini-batch
+
 
 class Joined(NamedTuple):
     "What an invocation finds when it ends at a barrier."
+
     members: int  # that have joined, counted once each
-    send: bool    # is it on this one to send what follows?
+    send: bool  # is it on this one to send what follows?
+
 
 class Incomplete(RuntimeError):
     "An input that should be in the store is not there; the invocation can be tried again."
+
 
 def _flat(values: dict[str, bytes]) -> list:
     return [item for pair in values.items() for item in pair]
@@ -349,25 +461,63 @@ def _flat(values: dict[str, bytes]) -> list:
 # %% ../../nbs/cloud/02_store.ipynb #f4a3c3cd
 class Store(Outbox):
     "The parameter server, as the handlers see it."
-    def __init__(self,
+
+    def __init__(
+        self,
         client: redis.Redis,
-        ttl: int=24 * 3600,  # seconds after which an abandoned key goes by itself
+        ttl: int = 24 * 3600,  # seconds after which an abandoned key goes by itself
     ):
         super().__init__(client)
         self.ttl, self.uncounted, self.meter = ttl, set(), Meter()
         texts = {"open": OPEN, "join": JOIN, "put": PUT, "finish": FINISH, "bid": BID}
         self.scripts = {name: self.script(text) for name, text in texts.items()}
 
-    def _call(self, script: str, message: Message, batch: int, step: str, role: str, *args, also: tuple = ()) -> tuple:
+    def _call(
+        self,
+        script: str,
+        message: Message,
+        batch: int,
+        step: str,
+        role: str,
+        *args,
+        also: tuple = (),
+    ) -> tuple:
         "The command that runs a script on the keys of a mini-batch, or of the epoch."
-        keys = [key(message.run, batch, message.epoch), tag(message.run, batch), key(message.run, batch, message.epoch - 2), *also]
-        return "EVALSHA", self.scripts[script], len(keys), *keys, message.epoch, step, role, self.ttl, *args
+        keys = [
+            key(message.run, batch, message.epoch),
+            tag(message.run, batch),
+            key(message.run, batch, message.epoch - 2),
+            *also,
+        ]
+        return (
+            "EVALSHA",
+            self.scripts[script],
+            len(keys),
+            *keys,
+            message.epoch,
+            step,
+            role,
+            self.ttl,
+            *args,
+        )
 
-    def open(self, message: Message, fields: list[str] = (), where: str = "", weights: list[str] = ()) -> Opened:
+    def open(
+        self,
+        message: Message,
+        fields: list[str] = (),
+        where: str = "",
+        weights: list[str] = (),
+    ) -> Opened:
         "Begin an invocation: count it, look whether it is wanted, fetch what it needs; with weights of the mini-batch at `where`, in the same request."
-        opening = self._call("open", message, message.batch, message.step, message.function, *fields)
-        *found, (status, *values) = self.ask(*([("HMGET", where, *weights)] if weights else []), opening)
-        opened = Opened(status.decode(), values[0] if values else [], found[0] if found else [])
+        opening = self._call(
+            "open", message, message.batch, message.step, message.function, *fields
+        )
+        *found, (status, *values) = self.ask(
+            *([("HMGET", where, *weights)] if weights else []), opening
+        )
+        opened = Opened(
+            status.decode(), values[0] if values else [], found[0] if found else []
+        )
         self.meter.used.fetch([*fields, *weights], [*opened.values, *opened.weights])
         return opened
 
@@ -375,12 +525,34 @@ class Store(Outbox):
         "Begin an invocation that has all it needs: it is counted at its end."
         self.uncounted.add(message.id)
 
-    def _counted(self, script: str, message: Message, batch: int, step: str, role: str, seconds: float, *args, also: tuple = ()) -> tuple:
+    def _counted(
+        self,
+        script: str,
+        message: Message,
+        batch: int,
+        step: str,
+        role: str,
+        seconds: float,
+        *args,
+        also: tuple = (),
+    ) -> tuple:
         "The command that ends an invocation, and counts it if that is still to be done."
         late = batch == message.batch and message.id in self.uncounted
-        if late: self.uncounted.remove(message.id)
+        if late:
+            self.uncounted.remove(message.id)
         counted = self.meter.report() if batch == message.batch else ""
-        return self._call(script, message, batch, step, role, int(late), round(seconds * 1e6), counted, *args, also=also)
+        return self._call(
+            script,
+            message,
+            batch,
+            step,
+            role,
+            int(late),
+            round(seconds * 1e6),
+            counted,
+            *args,
+            also=also,
+        )
 
     def _large(self, message: Message, batch: int, values: dict[str, bytes]) -> list:
         "Send large values ahead of a script, which would copy them twice; the small ones are left to it."
@@ -390,43 +562,116 @@ class Store(Outbox):
             self.later("EXPIRE", key(message.run, batch, message.epoch), self.ttl)
         return _flat({name: value for name, value in values.items() if name not in large})
 
-    def _join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes], letter: bytes = b"", queues: tuple = ()) -> tuple:
+    def _join(
+        self,
+        message: Message,
+        expected: int,
+        following: Message,
+        seconds: float,
+        values: dict[str, bytes],
+        letter: bytes = b"",
+        queues: tuple = (),
+    ) -> tuple:
         step, role = message.step, message.function
-        if following.batch != message.batch: step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
+        if following.batch != message.batch:
+            step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
         self.meter.used.store(values)
-        group, small = f"{role}/{message.direction}/{message.layer}", self._large(message, following.batch, values)
-        return self._counted("join", message, following.batch, step, role, seconds, group, expected, following.step, letter, message.function, *small, also=queues)
+        group, small = (
+            f"{role}/{message.direction}/{message.layer}",
+            self._large(message, following.batch, values),
+        )
+        return self._counted(
+            "join",
+            message,
+            following.batch,
+            step,
+            role,
+            seconds,
+            group,
+            expected,
+            following.step,
+            letter,
+            message.function,
+            *small,
+            also=queues,
+        )
 
-    def join(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes] = {}) -> Joined:
+    def join(
+        self,
+        message: Message,
+        expected: int,
+        following: Message,
+        seconds: float,
+        values: dict[str, bytes] = {},
+    ) -> Joined:
         "Store the values and join the barrier before `following`: in one request, and nobody is counted before its values are there."
         status, *rest = self.now(*self._join(message, expected, following, seconds, values))
         return Joined(rest[0], bool(rest[1])) if rest else Joined(0, False)
 
-    def join_later(self, message: Message, expected: int, following: Message, seconds: float, values: dict[str, bytes], letter: bytes, queue: str) -> None:
+    def join_later(
+        self,
+        message: Message,
+        expected: int,
+        following: Message,
+        seconds: float,
+        values: dict[str, bytes],
+        letter: bytes,
+        queue: str,
+    ) -> None:
         "The same with the next request; whoever completes the barrier leaves `letter` in a queue on this server."
-        self.later(*self._join(message, expected, following, seconds, values, letter, (queue,)))
+        self.later(
+            *self._join(message, expected, following, seconds, values, letter, (queue,))
+        )
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
         "Store values with the message's mini-batch, before the next request."
         self.meter.used.store(values)
         if small := self._large(message, message.batch, values):
-            self.later(*self._call("put", message, message.batch, message.step, message.function, *small))
+            self.later(
+                *self._call(
+                    "put", message, message.batch, message.step, message.function, *small
+                )
+            )
 
-    def finish(self, message: Message, seconds: float, values: dict[str, bytes] = {}, letters: Sequence[bytes] = (), queue: str = "") -> None:
+    def finish(
+        self,
+        message: Message,
+        seconds: float,
+        values: dict[str, bytes] = {},
+        letters: Sequence[bytes] = (),
+        queue: str = "",
+    ) -> None:
         "Record, with the next request, that an invocation has done all it had to; values are stored and letters left in a queue on this server at the same moment."
         self.meter.used.store(values)
         small = self._large(message, message.batch, values)
-        self.later(*self._counted("finish", message, message.batch, message.step, message.function, seconds, len(letters), *letters, *small,
-                                  also=(queue,) if letters else ()))
+        self.later(
+            *self._counted(
+                "finish",
+                message,
+                message.batch,
+                message.step,
+                message.function,
+                seconds,
+                len(letters),
+                *letters,
+                *small,
+                also=(queue,) if letters else (),
+            )
+        )
 
     def bid(self, message: Message, cost: float) -> bool:
         "Has this mini-batch the lowest cost of its epoch, so far?"
-        return self.now(*self._call("bid", message, ALL, message.step, message.function, repr(cost), message.batch)) == [b"open", 1]
+        return self.now(
+            *self._call(
+                "bid", message, ALL, message.step, message.function, repr(cost), message.batch
+            )
+        ) == [b"open", 1]
 
     def read(self, run: str, batch: int, epoch: int, fields: list[str]) -> list[bytes]:
         "Fields that another mini-batch or epoch left; raises `Incomplete` if one is missing."
         values = self.now("HMGET", key(run, batch, epoch), *fields)
         self.meter.used.fetch(fields, values)
         for field, value in zip(fields, values):
-            if value is None: raise Incomplete(f"{key(run, batch, epoch)} has no {field}")
+            if value is None:
+                raise Incomplete(f"{key(run, batch, epoch)} has no {field}")
         return values

@@ -13,7 +13,15 @@ from collections.abc import Callable
 
 # %% ../../nbs/cloud/10_telemetry.ipynb #fc27cda1
 NAMESPACE = "ServerlessNeuralNetwork"  # of the metrics; a network's own have its stack's name as `service`
-UNITS = {"Invocations": "Count", "Duration": "Milliseconds", "Duplicates": "Count", "Stalls": "Count", "Cost": "None", "Spent": "None"}
+UNITS = {
+    "Invocations": "Count",
+    "Duration": "Milliseconds",
+    "Duplicates": "Count",
+    "Stalls": "Count",
+    "Cost": "None",
+    "Spent": "None",
+}
+
 
 def on_lambda() -> bool:
     "Does this process run a Lambda function?"
@@ -22,68 +30,91 @@ def on_lambda() -> bool:
 # %% ../../nbs/cloud/10_telemetry.ipynb #db86f22c
 FIELDS = ("run", "epoch", "batch", "layer", "direction")
 
+
 def about(
     event: dict,  # as the handler gets it
 ) -> dict:
     "Which work an event asks for, in the words of the log."
     found = {name: event[name] for name in FIELDS if name in event}
-    if event.get("function") == "NeuronLambda": found |= {"neuron": event.get("first", 0), "neurons": event.get("count", 0)}
+    if event.get("function") == "NeuronLambda":
+        found |= {"neuron": event.get("first", 0), "neurons": event.get("count", 0)}
     return found
 
 # %% ../../nbs/cloud/10_telemetry.ipynb #c40f7d7a
 _notes: list[tuple[str, dict]] = []
 
+
 def note(
-    message: str,      # what happened, in a word or two
+    message: str,  # what happened, in a word or two
     **metrics: float,  # of `UNITS`
 ) -> None:
     "Note what the line of this invocation is to say."
-    if on_lambda(): _notes.append((message, metrics))
+    if on_lambda():
+        _notes.append((message, metrics))
 
 # %% ../../nbs/cloud/10_telemetry.ipynb #80d01c41
 class Teller:
     "Writes the line of an invocation to standard output, where Lambda takes it to the log."
+
     def __init__(self):
         from aws_lambda_powertools import Logger
         from aws_lambda_powertools.metrics import EphemeralMetrics
-        self.logger, self.metrics = Logger(location=None, serialize_stacktrace=False), EphemeralMetrics(namespace=NAMESPACE)
+
+        self.logger, self.metrics = (
+            Logger(location=None, serialize_stacktrace=False),
+            EphemeralMetrics(namespace=NAMESPACE),
+        )
 
     def _measure(self, seconds: float, notes: list[dict]) -> dict:
         "The embedded metrics."
         for metrics in ({"Invocations": 1, "Duration": round(seconds * 1000, 3)}, *notes):
-            for name, value in metrics.items(): self.metrics.add_metric(name, UNITS[name], value)
+            for name, value in metrics.items():
+                self.metrics.add_metric(name, UNITS[name], value)
         self.metrics.add_dimension("function_name", os.environ["AWS_LAMBDA_FUNCTION_NAME"])
         found = self.metrics.serialize_metric_set()
         self.metrics.clear_metrics()
         return found
 
-    def tell(self,
+    def tell(
+        self,
         event: dict,
-        context,                       # from Lambda
-        seconds: float,                # that it took
-        error: Exception | None=None,  # that ended it
+        context,  # from Lambda
+        seconds: float,  # that it took
+        error: Exception | None = None,  # that ended it
     ) -> None:
         "Write the line, of all that was noted."
         notes, _notes[:] = _notes[:], []
         messages = list(dict.fromkeys(message for message, _ in notes))
-        fields = {**about(event), "function_request_id": context.aws_request_id, **self._measure(seconds, [metrics for _, metrics in notes])}
-        if error: self.logger.error(f"{type(error).__name__}: {error}", exc_info=error, extra=fields)
-        else: (self.logger.warning if "Stalls" in fields else self.logger.info)(", ".join(messages) or "finished", extra=fields)
+        fields = {
+            **about(event),
+            "function_request_id": context.aws_request_id,
+            **self._measure(seconds, [metrics for _, metrics in notes]),
+        }
+        if error:
+            self.logger.error(f"{type(error).__name__}: {error}", exc_info=error, extra=fields)
+        else:
+            (self.logger.warning if "Stalls" in fields else self.logger.info)(
+                ", ".join(messages) or "finished", extra=fields
+            )
 
 # %% ../../nbs/cloud/10_telemetry.ipynb #ff7325dc
 def told(
     handler: Callable,  # of an event and a context
 ) -> Callable:
     "On Lambda, a handler that tells of each invocation; elsewhere, the handler itself."
-    if not on_lambda(): return handler
+    if not on_lambda():
+        return handler
     teller = Teller()
+
     @functools.wraps(handler)
     def observed(event, context):
         began = time.perf_counter()
-        try: result = handler(event, context)
+        try:
+            result = handler(event, context)
         except Exception as error:
             teller.tell(event, context, time.perf_counter() - began, error)
             raise
         teller.tell(event, context, time.perf_counter() - began)
         return result
+
     return observed

@@ -16,9 +16,11 @@ from ..maths.parameters import InputError
 # %% ../../nbs/deploy/09_approval.ipynb #c8fe2a8c
 class Waiting(NamedTuple):
     "A deployment that waits for a person."
+
     deployment: str  # ARN
-    hook: str        # id of the pause
-    until: str       # when it gives up
+    hook: str  # id of the pause
+    until: str  # when it gives up
+
 
 def waiting(
     account: Account,
@@ -26,21 +28,44 @@ def waiting(
 ) -> Waiting:
     "The deployment of a stack's Prediction API that waits; raises `InputError` if none does."
     ecs = account.client("ecs")
-    try: running = ecs.list_service_deployments(cluster=stack, service=stack, status=["IN_PROGRESS"])["serviceDeployments"]
-    except ClientError as error: raise InputError(f"the stack {stack} has no Prediction API in {account.region}: {error}") from None
+    try:
+        running = ecs.list_service_deployments(
+            cluster=stack, service=stack, status=["IN_PROGRESS"]
+        )["serviceDeployments"]
+    except ClientError as error:
+        raise InputError(
+            f"the stack {stack} has no Prediction API in {account.region}: {error}"
+        ) from None
     arns = [item["serviceDeploymentArn"] for item in running]
-    found = ecs.describe_service_deployments(serviceDeploymentArns=arns)["serviceDeployments"] if arns else []
+    found = (
+        ecs.describe_service_deployments(serviceDeploymentArns=arns)["serviceDeployments"]
+        if arns
+        else []
+    )
     for deployment in found:
         for hook in deployment.get("lifecycleHookDetails", []):
-            if hook.get("status") == "AWAITING_ACTION": return Waiting(deployment["serviceDeploymentArn"], hook["hookId"], str(hook.get("expiresAt", "")))
-    raise InputError(f"no new version of {stack} waits for an answer" + ("; one is just being deployed" if arns else ""))
+            if hook.get("status") == "AWAITING_ACTION":
+                return Waiting(
+                    deployment["serviceDeploymentArn"],
+                    hook["hookId"],
+                    str(hook.get("expiresAt", "")),
+                )
+    raise InputError(
+        f"no new version of {stack} waits for an answer"
+        + ("; one is just being deployed" if arns else "")
+    )
+
 
 def answer(
     account: Account,
     stack: str,
     yes: bool,
-) -> Waiting: # what was answered
+) -> Waiting:  # what was answered
     "Switch the waiting version in, or send it back; raises `InputError` if none waits."
     found = waiting(account, stack)
-    account.client("ecs").continue_service_deployment(serviceDeploymentArn=found.deployment, hookId=found.hook, action="CONTINUE" if yes else "ROLLBACK")
+    account.client("ecs").continue_service_deployment(
+        serviceDeploymentArn=found.deployment,
+        hookId=found.hook,
+        action="CONTINUE" if yes else "ROLLBACK",
+    )
     return found

@@ -30,85 +30,130 @@ from ..maths.parameters import InputError
 # %% ../../nbs/deploy/07_gate.ipynb #1119b4e2
 class NamedConnection(http.client.HTTPSConnection):
     "HTTPS to a machine whose certificate has another name than its address."
+
     def __init__(self, host: str, port: int | None, name: str, seconds: float):
         super().__init__(host, port, timeout=seconds)
         self.name = name or host
 
     def connect(self) -> None:
         http.client.HTTPConnection.connect(self)
-        self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.name)
+        self.sock = ssl.create_default_context().wrap_socket(
+            self.sock, server_hostname=self.name
+        )
+
 
 class Answer(NamedTuple):
     "What came back."
-    status: int    # of HTTP; 0 if nothing came
-    content: bytes # or why nothing came
+
+    status: int  # of HTTP; 0 if nothing came
+    content: bytes  # or why nothing came
 
     @property
     def said(self) -> dict:
         "The JSON object in it; empty if there is none."
-        try: value = json.loads(self.content)
-        except ValueError: return {}
+        try:
+            value = json.loads(self.content)
+        except ValueError:
+            return {}
         return value if isinstance(value, dict) else {}
 
 # %% ../../nbs/deploy/07_gate.ipynb #f736b646
 class Service(NamedTuple):
     "A Prediction API, somewhere."
-    url: str              # as http://HOST:PORT
-    name: str = ""        # in its certificate, if not the host
-    seconds: float = 30.  # to wait for an answer
 
-    def ask(self, method: str, path: str, body: bytes | None=None) -> Answer:
+    url: str  # as http://HOST:PORT
+    name: str = ""  # in its certificate, if not the host
+    seconds: float = 30.0  # to wait for an answer
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
         "Ask it something; never raises."
         place = urlsplit(self.url)
-        if place.scheme == "https": connection = NamedConnection(place.hostname, place.port, self.name, self.seconds)
-        else: connection = http.client.HTTPConnection(place.hostname, place.port, timeout=self.seconds)
+        if place.scheme == "https":
+            connection = NamedConnection(place.hostname, place.port, self.name, self.seconds)
+        else:
+            connection = http.client.HTTPConnection(
+                place.hostname, place.port, timeout=self.seconds
+            )
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json", "Accept": "application/json"})
+            connection.request(
+                method,
+                path,
+                body,
+                {"Content-Type": "application/json", "Accept": "application/json"},
+            )
             answer = connection.getresponse()
             return Answer(answer.status, answer.read())
-        except (OSError, http.client.HTTPException) as error: return Answer(0, str(error).encode())
-        finally: connection.close()
+        except (OSError, http.client.HTTPException) as error:
+            return Answer(0, str(error).encode())
+        finally:
+            connection.close()
 
 # %% ../../nbs/deploy/07_gate.ipynb #f20b8bef
 GOOD, REFUSED = range(200, 201), range(400, 500)
-SMOKE = [("GET", "/healthz", None, GOOD), ("GET", "/readyz", None, GOOD), ("GET", "/model", None, GOOD), ("GET", "/", None, GOOD),
-         ("POST", "/predict", b"neither JSON nor a picture", REFUSED), ("POST", "/predict", b'{"images": [{"base64": "bm90IGEgcGljdHVyZQ=="}]}', REFUSED)]
+SMOKE = [
+    ("GET", "/healthz", None, GOOD),
+    ("GET", "/readyz", None, GOOD),
+    ("GET", "/model", None, GOOD),
+    ("GET", "/", None, GOOD),
+    ("POST", "/predict", b"neither JSON nor a picture", REFUSED),
+    ("POST", "/predict", b'{"images": [{"base64": "bm90IGEgcGljdHVyZQ=="}]}', REFUSED),
+]
+
 
 def smoke(
     service: Service,
-) -> list[str]: # what went wrong, a sentence each
+) -> list[str]:  # what went wrong, a sentence each
     "Ask what any good version can answer."
     failures = []
     for method, path, body, right in SMOKE:
         answer = service.ask(method, path, body)
         expected = "a refusal (4xx)" if right is REFUSED else "200"
-        if answer.status not in right: failures.append(f"{method} {path}{' with nonsense' if body else ''} gave {answer.status or 'no answer'} where {expected} is right")
+        if answer.status not in right:
+            failures.append(
+                f"{method} {path}{' with nonsense' if body else ''} gave {answer.status or 'no answer'} where {expected} is right"
+            )
     return failures
 
 # %% ../../nbs/deploy/07_gate.ipynb #82ea69c0
 class Found(NamedTuple):
     "A version of a file in a bucket."
+
     key: str
     version: str
 
+
 def find_data(
-    s3,            # boto3 client
+    s3,  # boto3 client
     bucket: str,
-    etag: str="",  # of the data set; the newest datasets.h5 if empty
+    etag: str = "",  # of the data set; the newest datasets.h5 if empty
 ) -> Found:
     "The data set that a model was trained on; raises `InputError` if it is gone."
-    pages = s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix="training_input/")
+    pages = s3.get_paginator("list_object_versions").paginate(
+        Bucket=bucket, Prefix="training_input/"
+    )
     for version in (version for page in pages for version in page.get("Versions", [])):
-        right = version["ETag"].strip('"') == etag if etag else version["Key"] == "training_input/datasets.h5" and version["IsLatest"]
-        if right and version["Key"].endswith("h5"): return Found(version["Key"], version["VersionId"])
-    what = f"a file with the ETag {etag}, which the model was trained on" if etag else "a datasets.h5"
-    raise InputError(f"s3://{bucket}/training_input/ does not hold {what}; without its test images the model can't be judged")
+        right = (
+            version["ETag"].strip('"') == etag
+            if etag
+            else version["Key"] == "training_input/datasets.h5" and version["IsLatest"]
+        )
+        if right and version["Key"].endswith("h5"):
+            return Found(version["Key"], version["VersionId"])
+    what = (
+        f"a file with the ETag {etag}, which the model was trained on"
+        if etag
+        else "a datasets.h5"
+    )
+    raise InputError(
+        f"s3://{bucket}/training_input/ does not hold {what}; without its test images the model can't be judged"
+    )
+
 
 def test_part(
-    s3,          # boto3 client
+    s3,  # boto3 client
     bucket: str,
     found: Found,
-) -> tuple[np.ndarray, np.ndarray]: # (m, size, size, 3) uint8, (m,)
+) -> tuple[np.ndarray, np.ndarray]:  # (m, size, size, 3) uint8, (m,)
     "Test images and their labels; raises `InputError`."
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "datasets.h5")
@@ -121,52 +166,73 @@ def png(
     image: np.ndarray,  # (height, width, 3) uint8
 ) -> bytes:
     "An image as a PNG file."
-    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    chunk = lambda kind, content: (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
     height, width, _ = image.shape
     rows = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows.tobytes()))
+        + chunk(b"IEND", b"")
+    )
 
 # %% ../../nbs/deploy/07_gate.ipynb #a5ec48eb
 PICTURES, SIZE = 16, 8 * 2**20  # in one request at most: pictures, and bytes
 
+
 def questions(
     images: np.ndarray,  # (m, size, size, 3) uint8
-) -> Iterator[tuple[int, bytes]]: # how many images, and the request's body
+) -> Iterator[tuple[int, bytes]]:  # how many images, and the request's body
     "Requests for /predict, in the order of the images."
     waiting: list[dict] = []
     for image in images:
         one = {"base64": b64encode(png(image)).decode()}
-        if len(waiting) == PICTURES or sum(len(w["base64"]) for w in waiting) + len(one["base64"]) > SIZE:
+        if (
+            len(waiting) == PICTURES
+            or sum(len(w["base64"]) for w in waiting) + len(one["base64"]) > SIZE
+        ):
             yield len(waiting), json.dumps({"images": waiting}).encode()
             waiting = []
         waiting.append(one)
-    if waiting: yield len(waiting), json.dumps({"images": waiting}).encode()
+    if waiting:
+        yield len(waiting), json.dumps({"images": waiting}).encode()
 
 # %% ../../nbs/deploy/07_gate.ipynb #92291db5
 class Trial(NamedTuple):
     "What a service has shown on the test images."
-    model: str                      # its id
-    images: int                     # that it was asked about
-    right: int                      # answers
+
+    model: str  # its id
+    images: int  # that it was asked about
+    right: int  # answers
     failures: tuple[str, ...] = ()  # requests that failed, a sentence each
 
     @property
     def accuracy(self) -> float:
         "Share of right answers; an image without an answer is not one."
-        return self.right / self.images if self.images else 0.
+        return self.right / self.images if self.images else 0.0
+
 
 def said_of(answer: Answer, count: int, model: str) -> list[bool] | str:
     "What an answer of /predict says of each picture; a sentence if it is not a good answer."
-    if answer.status != 200: return f"gave {answer.status or 'no answer'}"
-    if answer.said.get("model") != model: return f"was answered by the model {answer.said.get('model')}, not by {model}"
-    try: found = [float(one["probability"]) >= .5 for one in answer.said["predictions"]]
-    except (KeyError, TypeError, ValueError): return "gave something else than predictions"
+    if answer.status != 200:
+        return f"gave {answer.status or 'no answer'}"
+    if answer.said.get("model") != model:
+        return f"was answered by the model {answer.said.get('model')}, not by {model}"
+    try:
+        found = [float(one["probability"]) >= 0.5 for one in answer.said["predictions"]]
+    except (KeyError, TypeError, ValueError):
+        return "gave something else than predictions"
     return found if len(found) == count else f"gave {len(found)} answers to {count} pictures"
+
 
 def trial(
     service: Service,
-    model: str,          # id that it must answer with
+    model: str,  # id that it must answer with
     images: np.ndarray,  # (m, size, size, 3) uint8
     labels: np.ndarray,  # (m,), 0 or 1
 ) -> Trial:
@@ -174,97 +240,161 @@ def trial(
     first, right, failures = 0, 0, []
     for count, body in questions(images):
         found = said_of(service.ask("POST", "/predict", body), count, model)
-        if isinstance(found, str): failures.append(f"POST /predict with the test images from {first} on {found}")
-        else: right += sum(f == bool(label) for f, label in zip(found, labels[first:first + count]))
+        if isinstance(found, str):
+            failures.append(f"POST /predict with the test images from {first} on {found}")
+        else:
+            right += sum(
+                f == bool(label) for f, label in zip(found, labels[first : first + count])
+            )
         first += count
     return Trial(model, len(images), right, tuple(failures))
 
 # %% ../../nbs/deploy/07_gate.ipynb #d1ca5d32
 class Decision(NamedTuple):
     "May the new version take over?"
+
     accepted: bool
-    reason: str     # a sentence
+    reason: str  # a sentence
+
 
 def decide(
     candidate: Trial,
     live: Trial | None,  # None if no model answers yet
-    margin: float,       # by how much its accuracy may be lower than the live model's
+    margin: float,  # by how much its accuracy may be lower than the live model's
 ) -> Decision:
     "Compare a new version with the one that answers."
-    share = f"{candidate.model} is right on {candidate.right} of {candidate.images} test images"
-    if candidate.failures: return Decision(False, "; ".join(candidate.failures[:3]) + (f"; and {len(candidate.failures) - 3} more" if len(candidate.failures) > 3 else ""))
-    if not candidate.images: return Decision(False, "there are no test images to judge it by")
-    if live is None: return Decision(True, f"{share}, and no model answers yet")
+    share = (
+        f"{candidate.model} is right on {candidate.right} of {candidate.images} test images"
+    )
+    if candidate.failures:
+        return Decision(
+            False,
+            "; ".join(candidate.failures[:3])
+            + (
+                f"; and {len(candidate.failures) - 3} more"
+                if len(candidate.failures) > 3
+                else ""
+            ),
+        )
+    if not candidate.images:
+        return Decision(False, "there are no test images to judge it by")
+    if live is None:
+        return Decision(True, f"{share}, and no model answers yet")
     compared = f"{share}, the live model {live.model} on {live.right} of {live.images}"
-    if live.accuracy - candidate.accuracy > margin + 1e-9: return Decision(False, f"{compared}; that is worse by more than {margin:.0%}")
+    if live.accuracy - candidate.accuracy > margin + 1e-9:
+        return Decision(False, f"{compared}; that is worse by more than {margin:.0%}")
     return Decision(True, compared)
 
 # %% ../../nbs/deploy/07_gate.ipynb #72cd58b8
 def model_of(
     service: Service,
-    expected: str="",   # id to wait for; any if empty
-    seconds: float=0.,  # to wait at most
-) -> tuple[str, str]: # id of the model, and ETag of its data; empty if not known
+    expected: str = "",  # id to wait for; any if empty
+    seconds: float = 0.0,  # to wait at most
+) -> tuple[str, str]:  # id of the model, and ETag of its data; empty if not known
     "Which model answers."
     deadline = time.monotonic() + seconds
     while True:
         answer = service.ask("GET", "/model")
         said = answer.said if answer.status == 200 else {}
-        if said.get("model") and said["model"] == (expected or said["model"]) or time.monotonic() >= deadline: return said.get("model") or "", said.get("data_etag") or ""
-        time.sleep(min(2., seconds / 10))
+        if (
+            said.get("model")
+            and said["model"] == (expected or said["model"])
+            or time.monotonic() >= deadline
+        ):
+            return said.get("model") or "", said.get("data_etag") or ""
+        time.sleep(min(2.0, seconds / 10))
+
 
 def judge(
     candidate: Service,
     production: Service,
-    s3,                   # boto3 client
-    bucket: str,          # with the training data
-    margin: float,        # see `decide`
-    expected: str="",     # id of the candidate's model, if it is known
-    seconds: float=120.,  # to wait for the candidate
+    s3,  # boto3 client
+    bucket: str,  # with the training data
+    margin: float,  # see `decide`
+    expected: str = "",  # id of the candidate's model, if it is known
+    seconds: float = 120.0,  # to wait for the candidate
 ) -> Decision:
     "Try the new version and the one that answers, and decide."
     model, etag = model_of(candidate, expected, seconds)
     if not model or expected and model != expected:
-        return Decision(False, f"the test listener answers with {f'the model {model}' if model else 'no model'}" + (f", not with {expected}" if expected else ""))
+        return Decision(
+            False,
+            f"the test listener answers with {f'the model {model}' if model else 'no model'}"
+            + (f", not with {expected}" if expected else ""),
+        )
     failures = smoke(candidate)
-    if failures: return decide(Trial(model, 0, 0, tuple(failures)), None, margin)
-    try: images, labels = test_part(s3, bucket, find_data(s3, bucket, etag))
-    except InputError as error: return Decision(False, str(error))
-    now, _ = model_of(production, seconds=min(4., seconds))
-    return decide(trial(candidate, model, images, labels), trial(production, now, images, labels) if now else None, margin)
+    if failures:
+        return decide(Trial(model, 0, 0, tuple(failures)), None, margin)
+    try:
+        images, labels = test_part(s3, bucket, find_data(s3, bucket, etag))
+    except InputError as error:
+        return Decision(False, str(error))
+    now, _ = model_of(production, seconds=min(4.0, seconds))
+    return decide(
+        trial(candidate, model, images, labels),
+        trial(production, now, images, labels) if now else None,
+        margin,
+    )
 
 # %% ../../nbs/deploy/07_gate.ipynb #46119cb1
 def mail(
     stack: str,
-    url: str,        # of the test listener
+    url: str,  # of the test listener
     decision: Decision,
-) -> tuple[str, str]: # subject and text
+) -> tuple[str, str]:  # subject and text
     "What a person is told."
-    if not decision.accepted: return f"{stack}: a new version was refused", f"It is rolled back, and the old one goes on: {decision.reason}."
-    return f"{stack}: a new version waits for you", f"""{decision.reason}.
+    if not decision.accepted:
+        return (
+            f"{stack}: a new version was refused",
+            f"It is rolled back, and the old one goes on: {decision.reason}.",
+        )
+    return (
+        f"{stack}: a new version waits for you",
+        f"""{decision.reason}.
 
 Look at it: {url}/
 Switch it in: snn approve --stack {stack}
 Send it back: snn approve --stack {stack} --no
 
-Without an answer it is sent back."""
+Without an answer it is sent back.""",
+    )
+
 
 def settings(environment: dict[str, str]) -> dict:
     "What `judge` is told by the function's environment."
     name = environment.get("SNN_DOMAIN", "")
-    return {"candidate": Service(environment["SNN_TEST_URL"], name), "production": Service(environment["SNN_PRODUCTION_URL"], name),
-            "bucket": environment["SNN_BUCKET"], "margin": float(environment["SNN_MARGIN"]), "seconds": float(environment.get("SNN_PATIENCE", 120))}
+    return {
+        "candidate": Service(environment["SNN_TEST_URL"], name),
+        "production": Service(environment["SNN_PRODUCTION_URL"], name),
+        "bucket": environment["SNN_BUCKET"],
+        "margin": float(environment["SNN_MARGIN"]),
+        "seconds": float(environment.get("SNN_PATIENCE", 120)),
+    }
+
 
 def lambda_handler(
     event: dict,  # of an ECS deployment's lifecycle stage
-    context,      # from Lambda, unused
-) -> dict: # what ECS waits for
+    context,  # from Lambda, unused
+) -> dict:  # what ECS waits for
     "Entry of the quality gate."
     import boto3
+
     given, details = settings(os.environ), event.get("hookDetails") or {}
-    if isinstance(details, str): details = json.loads(details)
+    if isinstance(details, str):
+        details = json.loads(details)
     decision = judge(s3=boto3.client("s3"), expected=details.get("model", ""), **given)
-    print(json.dumps({"deployment": event.get("resourceArn"), "stage": event.get("lifecycleStage"), **decision._asdict()}))
+    print(
+        json.dumps(
+            {
+                "deployment": event.get("resourceArn"),
+                "stage": event.get("lifecycleStage"),
+                **decision._asdict(),
+            }
+        )
+    )
     subject, text = mail(os.environ["SNN_STACK"], given["candidate"].url, decision)
-    if os.environ.get("SNN_TOPIC"): boto3.client("sns").publish(TopicArn=os.environ["SNN_TOPIC"], Subject=subject[:100], Message=text)
+    if os.environ.get("SNN_TOPIC"):
+        boto3.client("sns").publish(
+            TopicArn=os.environ["SNN_TOPIC"], Subject=subject[:100], Message=text
+        )
     return {"hookStatus": "SUCCEEDED" if decision.accepted else "FAILED"}

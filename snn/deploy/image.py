@@ -16,38 +16,59 @@ from ..maths.parameters import InputError
 
 # %% ../../nbs/deploy/08_image.ipynb #d8a100a0
 def find_run(
-    s3,            # boto3 client
+    s3,  # boto3 client
     bucket: str,
-    etag: str,     # of the model
-) -> bytes: # content of run.json
+    etag: str,  # of the model
+) -> bytes:  # content of run.json
     "What the run that made a model has written down, an empty object if no run made it; raises `InputError` if the run has not ended."
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="training_results/")
-    folders = [item["Key"].rpartition("/")[0] for page in pages for item in page.get("Contents", []) if item["Key"].endswith("/params.h5") and item["ETag"] == etag]
-    if not folders: return b"{}"
-    try: return s3.get_object(Bucket=bucket, Key=f"{folders[0]}/run.json")["Body"].read()
-    except s3.exceptions.NoSuchKey: raise InputError(f"s3://{bucket}/{folders[0]}/run.json: no such file; the run that made this model died before it had ended, and leaves both when it is taken up again") from None
+    pages = s3.get_paginator("list_objects_v2").paginate(
+        Bucket=bucket, Prefix="training_results/"
+    )
+    folders = [
+        item["Key"].rpartition("/")[0]
+        for page in pages
+        for item in page.get("Contents", [])
+        if item["Key"].endswith("/params.h5") and item["ETag"] == etag
+    ]
+    if not folders:
+        return b"{}"
+    try:
+        return s3.get_object(Bucket=bucket, Key=f"{folders[0]}/run.json")["Body"].read()
+    except s3.exceptions.NoSuchKey:
+        raise InputError(
+            f"s3://{bucket}/{folders[0]}/run.json: no such file; the run that made this model died before it had ended, and leaves both when it is taken up again"
+        ) from None
+
 
 def collect(
-    s3,            # boto3 client
+    s3,  # boto3 client
     bucket: str,
-    key: str,      # of the model
+    key: str,  # of the model
     version: str,  # of it
     folder: Path,  # where to
 ) -> None:
     "Put model, run and data into a folder; raises `InputError`."
-    try: model = s3.get_object(Bucket=bucket, Key=key, VersionId=version)
-    except ClientError as error: raise InputError(f"s3://{bucket}/{key} in the version {version} can't be read: {error}") from None
+    try:
+        model = s3.get_object(Bucket=bucket, Key=key, VersionId=version)
+    except ClientError as error:
+        raise InputError(
+            f"s3://{bucket}/{key} in the version {version} can't be read: {error}"
+        ) from None
     run = find_run(s3, bucket, model["ETag"])
     found = find_data(s3, bucket, (json.loads(run).get("plan") or {}).get("etag", ""))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.h5").write_bytes(model["Body"].read())
     (folder / "run.json").write_bytes(run)
-    s3.download_file(bucket, found.key, str(folder / "datasets.h5"), ExtraArgs={"VersionId": found.version})
+    s3.download_file(
+        bucket, found.key, str(folder / "datasets.h5"), ExtraArgs={"VersionId": found.version}
+    )
 
 # %% ../../nbs/deploy/08_image.ipynb #aw5can02
 def critical(
     found: dict,  # what ECR's DescribeImageScanFindings says
-) -> tuple[list[str], list[str]]: # names of critical flaws without a known fix, and of those with one
+) -> tuple[
+    list[str], list[str]
+]:  # names of critical flaws without a known fix, and of those with one
     "What a scan has found, by what can be done about it."
     findings = found.get("imageScanFindings", {})
     without = [f["name"] for f in findings.get("findings", []) if f["severity"] == "CRITICAL"]
@@ -55,4 +76,3 @@ def critical(
     name = lambda f: f["packageVulnerabilityDetails"]["vulnerabilityId"]
     fixable = [name(f) for f in enhanced if f.get("fixAvailable") in ("YES", "PARTIAL")]
     return without + [name(f) for f in enhanced if name(f) not in fixable], fixable
-

@@ -21,39 +21,62 @@ from ..maths.parameters import InputError
 # %% ../../nbs/deploy/03_inputs.ipynb #dedfd6bb
 class Account:
     "An AWS account in a region, or an AWS on this machine."
-    def __init__(self,
-        region: str | None=None,        # as the environment or the profile says
-        endpoint_url: str | None=None,  # of an AWS on this machine
+
+    def __init__(
+        self,
+        region: str | None = None,  # as the environment or the profile says
+        endpoint_url: str | None = None,  # of an AWS on this machine
     ):
         self.endpoint_url, self.session = endpoint_url, boto3.Session(region_name=region)
-        if endpoint_url and not self.session.get_credentials(): self.session = boto3.Session("test", "test", region_name=region or "us-east-1")
+        if endpoint_url and not self.session.get_credentials():
+            self.session = boto3.Session("test", "test", region_name=region or "us-east-1")
         self.client = cache(self._client)
 
-    def _client(self, service: str): return self.session.client(service, endpoint_url=self.endpoint_url)
+    def _client(self, service: str):
+        return self.session.client(service, endpoint_url=self.endpoint_url)
 
     @property
-    def region(self) -> str: return self.session.region_name
+    def region(self) -> str:
+        return self.session.region_name
 
 # %% ../../nbs/deploy/03_inputs.ipynb #e58c1d15
 class Inputs(NamedTuple):
     "What a deployment is told."
+
     bucket: str
     stack: str
     github_user: str
     connection: str  # ARN of a CodeConnections connection
     email: str
 
-QUESTIONS = {"bucket": "Name of the S3 bucket for data and models", "stack": "Name of the stack", "github_user": "GitHub user whose repository is used",
-             "connection": "ARN of the connection to GitHub", "email": "E-mail address that is told of runs"}
+
+QUESTIONS = {
+    "bucket": "Name of the S3 bucket for data and models",
+    "stack": "Name of the stack",
+    "github_user": "GitHub user whose repository is used",
+    "connection": "ARN of the connection to GitHub",
+    "email": "E-mail address that is told of runs",
+}
 
 RULES = {
-    "bucket": (r"(?!xn--|sthree-|.*-s3alias$|.*--ol-s3$|.*\.\.|\d+\.\d+\.\d+\.\d+$)[a-z0-9][a-z0-9.-]{1,51}[a-z0-9]",
-               "it may have 3 to 53 lower-case letters, digits, dots and hyphens, and begins and ends with a letter or digit"),
-    "stack": (r"[A-Za-z][A-Za-z0-9-]{0,49}", "it may have 1 to 50 letters, digits and hyphens, and begins with a letter"),
-    "github_user": (r"[A-Za-z0-9](?:[A-Za-z0-9]|-(?=[A-Za-z0-9])){0,38}", "it may have 1 to 39 letters and digits, and single hyphens between them"),
-    "connection": (r"arn:[a-z-]+:(codeconnections|codestar-connections):[a-z0-9-]+:\d{12}:connection/[0-9a-f-]{36}",
-                   "it looks like arn:...:codeconnections:REGION:ACCOUNT:connection/ID; the console's Developer Tools, Settings, Connections shows it"),
-    "email": (r"[^@\s]+@[^@\s]+\.[^@\s.]+", "it looks like somebody@example.com")}
+    "bucket": (
+        r"(?!xn--|sthree-|.*-s3alias$|.*--ol-s3$|.*\.\.|\d+\.\d+\.\d+\.\d+$)[a-z0-9][a-z0-9.-]{1,51}[a-z0-9]",
+        "it may have 3 to 53 lower-case letters, digits, dots and hyphens, and begins and ends with a letter or digit",
+    ),
+    "stack": (
+        r"[A-Za-z][A-Za-z0-9-]{0,49}",
+        "it may have 1 to 50 letters, digits and hyphens, and begins with a letter",
+    ),
+    "github_user": (
+        r"[A-Za-z0-9](?:[A-Za-z0-9]|-(?=[A-Za-z0-9])){0,38}",
+        "it may have 1 to 39 letters and digits, and single hyphens between them",
+    ),
+    "connection": (
+        r"arn:[a-z-]+:(codeconnections|codestar-connections):[a-z0-9-]+:\d{12}:connection/[0-9a-f-]{36}",
+        "it looks like arn:...:codeconnections:REGION:ACCOUNT:connection/ID; the console's Developer Tools, Settings, Connections shows it",
+    ),
+    "email": (r"[^@\s]+@[^@\s]+\.[^@\s.]+", "it looks like somebody@example.com"),
+}
 
 # %% ../../nbs/deploy/03_inputs.ipynb #240101a0
 def check_words(
@@ -62,32 +85,42 @@ def check_words(
     "Raise `InputError` for the first of the five that can't be right."
     for name, (rule, right) in RULES.items():
         value = getattr(inputs, name)
-        if not re.fullmatch(rule, value): raise InputError(f"{QUESTIONS[name]}: {value!r} is not one; {right}")
+        if not re.fullmatch(rule, value):
+            raise InputError(f"{QUESTIONS[name]}: {value!r} is not one; {right}")
 
 # %% ../../nbs/deploy/03_inputs.ipynb #c5c8bc22
 def check_login(
     account: Account,
 ) -> None:
     "Raise `InputError` unless there are a region and working credentials."
-    if not account.region: raise InputError("no region is set; give --region, or set AWS_DEFAULT_REGION")
-    try: account.client("sts").get_caller_identity()
-    except (BotoCoreError, ClientError) as error: raise InputError(f"AWS does not let us in: {error}") from None
+    if not account.region:
+        raise InputError("no region is set; give --region, or set AWS_DEFAULT_REGION")
+    try:
+        account.client("sts").get_caller_identity()
+    except (BotoCoreError, ClientError) as error:
+        raise InputError(f"AWS does not let us in: {error}") from None
+
 
 def describe(
     account: Account,
     stack: str,
-) -> dict | None: # None if there is no such stack
+) -> dict | None:  # None if there is no such stack
     "What CloudFormation says of a stack."
-    try: return account.client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
+    try:
+        return account.client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
     except ClientError as error:
-        if "does not exist" in str(error): return None
+        if "does not exist" in str(error):
+            return None
         raise
+
 
 def parameters_of(
     stack: dict,  # from `describe`
 ) -> dict[str, str]:
     "A stack's parameters."
-    return {item["ParameterKey"]: item["ParameterValue"] for item in stack.get("Parameters", [])}
+    return {
+        item["ParameterKey"]: item["ParameterValue"] for item in stack.get("Parameters", [])
+    }
 
 # %% ../../nbs/deploy/03_inputs.ipynb #15aeb42c
 def check_stack(
@@ -96,27 +129,51 @@ def check_stack(
 ) -> None:
     "Raise `InputError` if the stack can't be created or updated with these inputs."
     found = describe(account, inputs.stack)
-    if found is None: return
-    status, bucket = found["StackStatus"], parameters_of(found).get("BucketName", inputs.bucket)
-    if status.endswith("IN_PROGRESS") and status != "REVIEW_IN_PROGRESS": raise InputError(f"the stack {inputs.stack} is just being changed ({status}); wait until that has ended")
-    if status == "UPDATE_ROLLBACK_FAILED": raise InputError(f"the stack {inputs.stack} is stuck between two versions ({status}); choose Continue update rollback in the CloudFormation console, then try again")
-    if bucket != inputs.bucket: raise InputError(f"the stack {inputs.stack} has the bucket {bucket}; with {inputs.bucket} its data would be lost, so give another stack name")
-    if not any(tag["Key"] == TAG for tag in found.get("Tags", [])): raise InputError(f"there is a stack {inputs.stack} that is not ours; give another name")
+    if found is None:
+        return
+    status, bucket = (
+        found["StackStatus"],
+        parameters_of(found).get("BucketName", inputs.bucket),
+    )
+    if status.endswith("IN_PROGRESS") and status != "REVIEW_IN_PROGRESS":
+        raise InputError(
+            f"the stack {inputs.stack} is just being changed ({status}); wait until that has ended"
+        )
+    if status == "UPDATE_ROLLBACK_FAILED":
+        raise InputError(
+            f"the stack {inputs.stack} is stuck between two versions ({status}); choose Continue update rollback in the CloudFormation console, then try again"
+        )
+    if bucket != inputs.bucket:
+        raise InputError(
+            f"the stack {inputs.stack} has the bucket {bucket}; with {inputs.bucket} its data would be lost, so give another stack name"
+        )
+    if not any(tag["Key"] == TAG for tag in found.get("Tags", [])):
+        raise InputError(
+            f"there is a stack {inputs.stack} that is not ours; give another name"
+        )
+
 
 TAG = "snn:stack"  # that all resources of a deployment have, with the stack's name
+
 
 def check_bucket(
     account: Account,
     inputs: Inputs,
 ) -> None:
     "Raise `InputError` if the bucket's name is taken, by somebody else or by something else of ours."
-    try: account.client("s3").head_bucket(Bucket=inputs.bucket)
+    try:
+        account.client("s3").head_bucket(Bucket=inputs.bucket)
     except ClientError as error:
-        if error.response["Error"]["Code"] in ("404", "NoSuchBucket"): return
-        raise InputError(f"the bucket {inputs.bucket} belongs to somebody else; bucket names are shared by all of AWS, so choose another") from None
+        if error.response["Error"]["Code"] in ("404", "NoSuchBucket"):
+            return
+        raise InputError(
+            f"the bucket {inputs.bucket} belongs to somebody else; bucket names are shared by all of AWS, so choose another"
+        ) from None
     found = describe(account, inputs.stack)
     if found is None or found["StackStatus"] in ("ROLLBACK_COMPLETE", "REVIEW_IN_PROGRESS"):
-        raise InputError(f"the bucket {inputs.bucket} exists already; the stack makes its own, so choose another name, or delete it")
+        raise InputError(
+            f"the bucket {inputs.bucket} exists already; the stack makes its own, so choose another name, or delete it"
+        )
 
 # %% ../../nbs/deploy/03_inputs.ipynb #7e07d1a5
 def check_connection(
@@ -124,34 +181,64 @@ def check_connection(
     inputs: Inputs,
 ) -> None:
     "Raise `InputError` unless the connection to GitHub is ready."
-    if account.endpoint_url: return  # an AWS on this machine has none
-    try: status = account.client("codeconnections").get_connection(ConnectionArn=inputs.connection)["Connection"]["ConnectionStatus"]
-    except ClientError as error: raise InputError(f"the connection {inputs.connection} can't be read: {error}") from None
-    if status != "AVAILABLE": raise InputError(f"the connection {inputs.connection} is {status}; finish it in the console, under Developer Tools, Settings, Connections")
+    if account.endpoint_url:
+        return  # an AWS on this machine has none
+    try:
+        status = account.client("codeconnections").get_connection(
+            ConnectionArn=inputs.connection
+        )["Connection"]["ConnectionStatus"]
+    except ClientError as error:
+        raise InputError(
+            f"the connection {inputs.connection} can't be read: {error}"
+        ) from None
+    if status != "AVAILABLE":
+        raise InputError(
+            f"the connection {inputs.connection} is {status}; finish it in the console, under Developer Tools, Settings, Connections"
+        )
+
 
 def quota(
     account: Account,
 ) -> int:
     "How many functions may run at once in this account and region."
-    return account.client("lambda").get_account_settings()["AccountLimit"]["ConcurrentExecutions"]
+    return account.client("lambda").get_account_settings()["AccountLimit"][
+        "ConcurrentExecutions"
+    ]
+
 
 FEW = 100  # executions at once, below which a run is much slower than snn estimate says
 
-ANEW = ("BucketName", "Email", "GitHubUser", "ConnectionArn", "Artifacts", "Templates", "LaunchPackage",
-        "TrainingPackage", "Local")  # parameters of main.yaml that each deployment is told
+ANEW = (
+    "BucketName",
+    "Email",
+    "GitHubUser",
+    "ConnectionArn",
+    "Artifacts",
+    "Templates",
+    "LaunchPackage",
+    "TrainingPackage",
+    "Local",
+)  # parameters of main.yaml that each deployment is told
+
 
 def options_known() -> set[str]:
     "Parameters of main.yaml that may be chosen."
     text = (clone_folder("infra") / "main.yaml").read_text()
     return set(re.findall(r"^  (\w+):$", text.partition("\nRules:")[0], re.M)) - set(ANEW)
 
+
 def kept(
     account: Account,
     stack: str,
-) -> dict[str, str]: # parameters of main.yaml; empty if there is no such stack
+) -> dict[str, str]:  # parameters of main.yaml; empty if there is no such stack
     "What was chosen when the stack was last deployed, so that a deployment that does not say it again keeps it."
     found, known = describe(account, stack), options_known()
-    return {name: value for name, value in parameters_of(found).items() if name in known} if found else {}
+    return (
+        {name: value for name, value in parameters_of(found).items() if name in known}
+        if found
+        else {}
+    )
+
 
 def reserved(
     options: dict[str, str],  # of a stack
@@ -160,16 +247,25 @@ def reserved(
     count = int(options.get("NeuronConcurrency", 0))
     return 2 * count + 5 if count else 0
 
+
 def concurrency(
     account: Account,
     wanted: int,  # concurrent executions to reserve for NeuronLambda; 0 for none
-    held: int=0,  # that the stack has reserved already, see `reserved`
+    held: int = 0,  # that the stack has reserved already, see `reserved`
 ) -> int:
     "The same, if the account allows it; raises `InputError` if not. Lambda keeps 100 for everybody."
-    if not wanted: return 0
-    limit = account.client("lambda").get_account_settings()["AccountLimit"]["UnreservedConcurrentExecutions"] + held
+    if not wanted:
+        return 0
+    limit = (
+        account.client("lambda").get_account_settings()["AccountLimit"][
+            "UnreservedConcurrentExecutions"
+        ]
+        + held
+    )
     if 2 * wanted + 5 > limit - 100:
-        raise InputError(f"Lambda may run {limit} functions at once here, too few to reserve {2 * wanted + 5}; give a lower --concurrency, 0 to reserve none, or ask AWS for a higher quota")
+        raise InputError(
+            f"Lambda may run {limit} functions at once here, too few to reserve {2 * wanted + 5}; give a lower --concurrency, 0 to reserve none, or ask AWS for a higher quota"
+        )
     return wanted
 
 # %% ../../nbs/deploy/03_inputs.ipynb #a74b0c09

@@ -26,14 +26,20 @@ from ..maths.data import cache_folder
 from ..maths.parameters import InputError
 
 # %% ../../nbs/deploy/02_package.ipynb #e0138aa9
-HANDLERS = {"training": ["snn.handlers.trainer", "snn.handlers.neuron"], "launch": ["snn.handlers.launch", "snn.deploy.gate"]}
+HANDLERS = {
+    "training": ["snn.handlers.trainer", "snn.handlers.neuron"],
+    "launch": ["snn.handlers.launch", "snn.deploy.gate"],
+}
 LIMITS = {"training": 16 * 10**6, "launch": 25 * 10**6}  # bytes
 
 # %% ../../nbs/deploy/02_package.ipynb #41950710
 def _path(module: str) -> Path | None:
     "A module's or a package's file, if it is one of ours."
     path = Path(snn.__file__).parents[1].joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+    return next(
+        (p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None
+    )
+
 
 def imports(
     module: str,  # as snn.handlers.neuron
@@ -42,66 +48,130 @@ def imports(
     "Our modules that a module imports, wherever in it."
     names = set()
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.ImportFrom): continue
+        if not isinstance(node, ast.ImportFrom):
+            continue
         base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
         names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return {name for name in names if name.split(".")[0] == "snn" and _path(name)}
 
+
 def our_files(
     modules: list[str],
-) -> dict[str, bytes]: # name in the package, and content
+) -> dict[str, bytes]:  # name in the package, and content
     "Modules and all of ours that they need; a module's data is a JSON file beside it, with its name."
     todo, found = list(modules), {}
     while todo:
         module = todo.pop()
         path = _path(module)
         name = str(path.relative_to(Path(snn.__file__).parents[1]))
-        if name in found: continue
+        if name in found:
+            continue
         found[name] = path.read_bytes()
-        if (data := path.with_suffix(".json")).is_file(): found[name.replace(".py", ".json")] = data.read_bytes()
-        todo += [*imports(module, found[name].decode()), *([module.rpartition(".")[0]] if "." in module else [])]
+        if (data := path.with_suffix(".json")).is_file():
+            found[name.replace(".py", ".json")] = data.read_bytes()
+        todo += [
+            *imports(module, found[name].decode()),
+            *([module.rpartition(".")[0]] if "." in module else []),
+        ]
     return found
 
 # %% ../../nbs/deploy/02_package.ipynb #dc992a86
-LEFT = ["*/tests/*", "*.pyi", "*.pxd", "*.h", "*.a", "*.c", "*/py.typed", "*.dist-info/RECORD", "*.dist-info/licenses/*/*", "h5py/tests/*", "*/bin/*", "*.data/scripts/*",
-        *(f"numpy/{part}/*" for part in ("f2py", "typing", "distutils", "testing", "_pyinstaller", "random/_examples")),
-        "numpy/_core/_simd.*", "numpy/_core/*_tests.*", "aws_lambda_powertools/event_handler/*",
-        "aws_lambda_powertools/utilities/[!_jt]*/*"]  # all but jmespath_utils and typing, which the logger uses
+LEFT = [
+    "*/tests/*",
+    "*.pyi",
+    "*.pxd",
+    "*.h",
+    "*.a",
+    "*.c",
+    "*/py.typed",
+    "*.dist-info/RECORD",
+    "*.dist-info/licenses/*/*",
+    "h5py/tests/*",
+    "*/bin/*",
+    "*.data/scripts/*",
+    *(
+        f"numpy/{part}/*"
+        for part in (
+            "f2py",
+            "typing",
+            "distutils",
+            "testing",
+            "_pyinstaller",
+            "random/_examples",
+        )
+    ),
+    "numpy/_core/_simd.*",
+    "numpy/_core/*_tests.*",
+    "aws_lambda_powertools/event_handler/*",
+    "aws_lambda_powertools/utilities/[!_jt]*/*",
+]  # all but jmespath_utils and typing, which the logger uses
+
 
 def wheel_files(
     wheel: Path,
-) -> dict[str, bytes]: # name in the package, and content
+) -> dict[str, bytes]:  # name in the package, and content
     "What of a wheel goes into a package."
     with zipfile.ZipFile(wheel) as file:
-        return {name: file.read(name) for name in file.namelist() if not name.endswith("/") and not any(fnmatch(name, pattern) for pattern in LEFT)}
+        return {
+            name: file.read(name)
+            for name in file.namelist()
+            if not name.endswith("/") and not any(fnmatch(name, pattern) for pattern in LEFT)
+        }
 
 # %% ../../nbs/deploy/02_package.ipynb #2f69f835
 def bytecode(
     files: dict[str, bytes],
-    python: str,      # path of the interpreter that will run them
-    optimize: int=0,  # 2: without docstrings and assertions
-) -> dict[str, bytes]: # by name of the module's file
+    python: str,  # path of the interpreter that will run them
+    optimize: int = 0,  # 2: without docstrings and assertions
+) -> dict[str, bytes]:  # by name of the module's file
     "What `python` compiles the modules to."
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            if not name.endswith(".py"): continue
+            if not name.endswith(".py"):
+                continue
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        subprocess.run([python, "-I", "-S", "-m", "compileall", "-b", "-qq", "-o", str(optimize), "--invalidation-mode", "unchecked-hash",
-                        "-s", folder, "-p", "/var/task", folder], env={**os.environ, "PYTHONHASHSEED": "0"}, stdout=subprocess.DEVNULL)
-        return {str(path.relative_to(folder))[:-1]: path.read_bytes() for path in Path(folder).rglob("*.pyc")}
+        subprocess.run(
+            [
+                python,
+                "-I",
+                "-S",
+                "-m",
+                "compileall",
+                "-b",
+                "-qq",
+                "-o",
+                str(optimize),
+                "--invalidation-mode",
+                "unchecked-hash",
+                "-s",
+                folder,
+                "-p",
+                "/var/task",
+                folder,
+            ],
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            stdout=subprocess.DEVNULL,
+        )
+        return {
+            str(path.relative_to(folder))[:-1]: path.read_bytes()
+            for path in Path(folder).rglob("*.pyc")
+        }
 
 # %% ../../nbs/deploy/02_package.ipynb #c218fe55
 def compile_ours(
     files: dict[str, bytes],
-    python: str,   # path of the interpreter that will run them
+    python: str,  # path of the interpreter that will run them
     version: str,  # of it, as 3.13
 ) -> dict[str, bytes]:
     "The files, and what they compile to beside them."
     tag = f"cpython-{version.replace('.', '')}.pyc"
-    beside = lambda name: str(PurePosixPath(name).parent / "__pycache__" / f"{PurePosixPath(name).stem}.{tag}")
+    beside = lambda name: str(
+        PurePosixPath(name).parent / "__pycache__" / f"{PurePosixPath(name).stem}.{tag}"
+    )
     return files | {beside(name): code for name, code in bytecode(files, python).items()}
+
 
 def compile_theirs(
     files: dict[str, bytes],
@@ -109,111 +179,178 @@ def compile_theirs(
 ) -> dict[str, bytes]:
     "The files, with modules replaced by what they compile to."
     codes = bytecode(files, python, optimize=2)
-    return {name: content for name, content in files.items() if name not in codes} | {f"{name}c": code for name, code in codes.items()}
+    return {name: content for name, content in files.items() if name not in codes} | {
+        f"{name}c": code for name, code in codes.items()
+    }
 
 # %% ../../nbs/deploy/02_package.ipynb #1d9a945a
 def write_zip(
     files: dict[str, bytes],
     path: Path,
-    onto: Path | None=None,  # a zip whose files come first
+    onto: Path | None = None,  # a zip whose files come first
 ) -> None:
     "Write a zip that depends on names and contents alone."
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    if onto: shutil.copy(onto, partial)
+    if onto:
+        shutil.copy(onto, partial)
     with zipfile.ZipFile(partial, "a" if onto else "w") as file:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name)  # dated 1980
-            entry.create_system, entry.external_attr, entry.compress_type = 3, 0o100755 << 16 if ".so" in name else 0o100644 << 16, zipfile.ZIP_DEFLATED
+            entry.create_system, entry.external_attr, entry.compress_type = (
+                3,
+                0o100755 << 16 if ".so" in name else 0o100644 << 16,
+                zipfile.ZIP_DEFLATED,
+            )
             file.writestr(entry, files[name], compresslevel=6)
     partial.replace(path)
 
 # %% ../../nbs/deploy/02_package.ipynb #ba2be08b
 class Package(NamedTuple):
     "A built package."
+
     name: str
-    path: Path        # of the zip
+    path: Path  # of the zip
     target: Target
-    sha256: str       # of the zip
-    zipped: int       # bytes
-    unzipped: int     # bytes
-    compiled: bool    # beforehand
+    sha256: str  # of the zip
+    zipped: int  # bytes
+    unzipped: int  # bytes
+    compiled: bool  # beforehand
+
 
 def _digest(files: dict[str, bytes], *more: str) -> str:
     "A fingerprint of what a package is made of."
     digest = hashlib.sha256("\n".join(more).encode())
-    for name in sorted(files): digest.update(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n".encode())
+    for name in sorted(files):
+        digest.update(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/deploy/02_package.ipynb #8369ac4b
-def _forget(folder: Path, keep: int=24, seconds: float=24 * 3600) -> None:
+def _forget(folder: Path, keep: int = 24, seconds: float = 24 * 3600) -> None:
     "Remove all but the newest packages, if they are old."
     oldest_last = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in oldest_last[keep:]:
-        if time.time() - path.stat().st_mtime > seconds: shutil.rmtree(path, ignore_errors=True)
+        if time.time() - path.stat().st_mtime > seconds:
+            shutil.rmtree(path, ignore_errors=True)
+
 
 def _theirs(found: list[Path], python: str | None, how: str) -> Path:
     "Other people's part of a package: what its wheels hold, compiled if there is a Python to do it."
     path, files = cache_folder() / "packages" / _digest({}, how) / "theirs.zip", {}
-    if path.is_file(): return path
-    for wheel in found: files |= wheel_files(wheel)
+    if path.is_file():
+        return path
+    for wheel in found:
+        files |= wheel_files(wheel)
     write_zip(compile_theirs(files, python) if python else files, path)
     return path
 
+
 def build(
-    name: str,                # training or launch
-    target: Target=Target(),
+    name: str,  # training or launch
+    target: Target = Target(),
 ) -> Package:
     "Build a package, or find it built; raises `InputError` if it is larger than it may be."
-    also = wheels("python311", target) if name in HANDLERS and target.python == "3.11" else []  # only ever for functions on this machine
-    ours, found, python = our_files(HANDLERS.get(name, [])), wheels(name, target) + also, find_python(target.python)
-    compiler = subprocess.run([python, "-VV"], capture_output=True, text=True).stdout if python else ""
-    builder = Path(snn.__file__).with_name("deploy").joinpath("package.py").read_text()  # a change here makes another package, too
-    how = "\n".join([*target, *(wheel.name for wheel in found), (build_folder() / f"{name}.txt").read_text(), compiler, builder])
+    also = (
+        wheels("python311", target) if name in HANDLERS and target.python == "3.11" else []
+    )  # only ever for functions on this machine
+    ours, found, python = (
+        our_files(HANDLERS.get(name, [])),
+        wheels(name, target) + also,
+        find_python(target.python),
+    )
+    compiler = (
+        subprocess.run([python, "-VV"], capture_output=True, text=True).stdout
+        if python
+        else ""
+    )
+    builder = (
+        Path(snn.__file__).with_name("deploy").joinpath("package.py").read_text()
+    )  # a change here makes another package, too
+    how = "\n".join(
+        [
+            *target,
+            *(wheel.name for wheel in found),
+            (build_folder() / f"{name}.txt").read_text(),
+            compiler,
+            builder,
+        ]
+    )
     path = cache_folder() / "packages" / _digest(ours, how) / f"{name}.zip"
     if not path.is_file():
-        write_zip(compile_ours(ours, python, target.python) if python else ours, path, onto=_theirs(found, python, how))
+        write_zip(
+            compile_ours(ours, python, target.python) if python else ours,
+            path,
+            onto=_theirs(found, python, how),
+        )
         _forget(path.parent.parent)
     zipped = path.stat().st_size
     if zipped > LIMITS.get(name, zipped):
-        raise InputError(f"the {name} package has {zipped:,} bytes, more than its {LIMITS[name]:,}; something has crept in that the handlers do not need")
-    with zipfile.ZipFile(path) as file: unzipped = sum(entry.file_size for entry in file.infolist())
-    return Package(name, path, target, hashlib.sha256(path.read_bytes()).hexdigest(), zipped, unzipped, bool(python))
+        raise InputError(
+            f"the {name} package has {zipped:,} bytes, more than its {LIMITS[name]:,}; something has crept in that the handlers do not need"
+        )
+    with zipfile.ZipFile(path) as file:
+        unzipped = sum(entry.file_size for entry in file.infolist())
+    return Package(
+        name,
+        path,
+        target,
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        zipped,
+        unzipped,
+        bool(python),
+    )
 
 # %% ../../nbs/deploy/02_package.ipynb #349da347
 def unzip(
     package: Package,
-) -> Path: # of the folder
+) -> Path:  # of the folder
     "A package's files, as Lambda lays them out."
     folder = package.path.with_suffix("")
-    if folder.is_dir(): return folder
+    if folder.is_dir():
+        return folder
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        with zipfile.ZipFile(package.path) as file: file.extractall(f"{partial}/files")
-        try: os.rename(f"{partial}/files", folder)
+        with zipfile.ZipFile(package.path) as file:
+            file.extractall(f"{partial}/files")
+        try:
+            os.rename(f"{partial}/files", folder)
         except OSError:
-            if not folder.is_dir(): raise  # else somebody was faster
+            if not folder.is_dir():
+                raise  # else somebody was faster
     return folder
 
 # %% ../../nbs/deploy/02_package.ipynb #d3bb24c4
 IMPORT = "import sys, time; sys.path.insert(0, sys.argv[1]); t = time.perf_counter(); __import__(sys.argv[2]); print(time.perf_counter() - t, *sys.modules)"
 
+
 class Import(NamedTuple):
     "What importing a module from a package took."
+
     seconds: float
     modules: set[str]  # that it brought along
+
 
 def cold_import(
     package: Package,
     module: str,
-    times: int=3,       # the fastest counts
-) -> Import | None: # None if no such Python or machine is at hand
+    times: int = 3,  # the fastest counts
+) -> Import | None:  # None if no such Python or machine is at hand
     "Import a module from a package into a fresh interpreter."
     python = find_python(package.target.python)
-    if not python or package.target[1:] != here()[1:]: return None
+    if not python or package.target[1:] != here()[1:]:
+        return None
     command = [python, "-I", "-S", "-B", "-c", IMPORT, str(unzip(package)), module]
-    as_there = {**os.environ, "AWS_LAMBDA_FUNCTION_NAME": package.name}  # handlers tell of their invocations there, which takes Powertools
-    runs = [subprocess.run(command, capture_output=True, text=True, env=as_there) for _ in range(times)]
+    as_there = {
+        **os.environ,
+        "AWS_LAMBDA_FUNCTION_NAME": package.name,
+    }  # handlers tell of their invocations there, which takes Powertools
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, env=as_there)
+        for _ in range(times)
+    ]
     for run in runs:
-        if run.returncode: raise InputError(f"{module} can't be imported from the {package.name} package: {run.stderr.strip().splitlines()[-1]}")
+        if run.returncode:
+            raise InputError(
+                f"{module} can't be imported from the {package.name} package: {run.stderr.strip().splitlines()[-1]}"
+            )
     found = [run.stdout.split() for run in runs]
     return Import(min(float(seconds) for seconds, *_ in found), set(found[0][1:]))

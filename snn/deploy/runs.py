@@ -31,27 +31,36 @@ def bucket_of(
 ) -> str:
     "Name of a stack's bucket; raises `InputError` if there is no such stack."
     found = describe(account, stack)
-    if found is None: raise InputError(f"there is no stack {stack} in {account.region}; bin/deploy makes one")
+    if found is None:
+        raise InputError(
+            f"there is no stack {stack} in {account.region}; bin/deploy makes one"
+        )
     return parameters_of(found)["BucketName"]
 
+
 PARAMETERS, DATA = "training_input/parameters.json", "training_input/datasets.h5"
+
 
 def upload(
     account: Account,
     stack: str,
-    data: Path,               # a datasets.h5
+    data: Path,  # a datasets.h5
     parameters: Path | None,  # a parameters.json, or None for the one that is there already
-    test: Path | None=None,   # the file with the test part, if it is another one
-) -> str: # the run
+    test: Path | None = None,  # the file with the test part, if it is another one
+) -> str:  # the run
     "Put parameters and data where they start a run; raises `InputError` for wrong files."
     sent = datasets.content(data, test)
     found = datasets.read(data, test=test)
-    if parameters: check_run(read(parameters), len(found.train_x), found.train_x[0].size, LAMBDA)
+    if parameters:
+        check_run(read(parameters), len(found.train_x), found.train_x[0].size, LAMBDA)
     s3, bucket = account.client("s3"), bucket_of(account, stack)
-    if parameters: s3.upload_file(str(parameters), bucket, PARAMETERS)
-    elif not Bucket(s3, bucket).keys(PARAMETERS): raise InputError(f"there is no s3://{bucket}/{PARAMETERS} yet; give --parameters")
+    if parameters:
+        s3.upload_file(str(parameters), bucket, PARAMETERS)
+    elif not Bucket(s3, bucket).keys(PARAMETERS):
+        raise InputError(f"there is no s3://{bucket}/{PARAMETERS} yet; give --parameters")
     s3.upload_fileobj(BytesIO(sent), bucket, DATA)
     return newest_run(account, bucket)
+
 
 def newest_run(
     account: Account,
@@ -59,59 +68,90 @@ def newest_run(
 ) -> str:
     "The run of what lies under training_input; raises `InputError` if nothing does."
     s3 = account.client("s3")
-    try: etag = s3.head_object(Bucket=bucket, Key=DATA)["ETag"].strip('"')
-    except ClientError: raise InputError(f"there is no s3://{bucket}/{DATA}; snn upload puts one there") from None
-    return run_id(Upload(bucket, DATA, etag), parse(Bucket(s3, bucket).get(PARAMETERS), f"s3://{bucket}/{PARAMETERS}"))
+    try:
+        etag = s3.head_object(Bucket=bucket, Key=DATA)["ETag"].strip('"')
+    except ClientError:
+        raise InputError(
+            f"there is no s3://{bucket}/{DATA}; snn upload puts one there"
+        ) from None
+    return run_id(
+        Upload(bucket, DATA, etag),
+        parse(Bucket(s3, bucket).get(PARAMETERS), f"s3://{bucket}/{PARAMETERS}"),
+    )
 
 # %% ../../nbs/deploy/05_runs.ipynb #1595e356
 class News(NamedTuple):
     "What is known of a run from outside."
-    epochs: int            # that have begun to bring costs
-    cost: float | None     # lowest of the newest epoch
-    errors: list[str]      # new lines of the logs
+
+    epochs: int  # that have begun to bring costs
+    cost: float | None  # lowest of the newest epoch
+    errors: list[str]  # new lines of the logs
     finished: bool
-    spent: float | None = None # USD at AWS's prices, when it was last counted
+    spent: float | None = None  # USD at AWS's prices, when it was last counted
+
 
 def newest_cost(
     account: Account,
     stack: str,
     run: str,
-) -> tuple[int, float | None]: # epochs so far, and the lowest cost of the newest
+) -> tuple[int, float | None]:  # epochs so far, and the lowest cost of the newest
     "The newest epoch in the Costs table. A run that was taken up again goes on as RUN~1, RUN~2 and so on."
     newest, number = (0, None), 0
     while True:
         name = f"{run}~{number}" if number else run
-        found = account.client("dynamodb").query(TableName=f"{stack}-Costs", KeyConditionExpression="#run = :run", ExpressionAttributeNames={"#run": "run"},
-                                                 ExpressionAttributeValues={":run": {"S": name}}, Limit=1, ScanIndexForward=False)["Items"]
-        if not found: return newest
-        costs = [float(value["S"]) for name, value in found[0].items() if name.startswith("batch")]
+        found = account.client("dynamodb").query(
+            TableName=f"{stack}-Costs",
+            KeyConditionExpression="#run = :run",
+            ExpressionAttributeNames={"#run": "run"},
+            ExpressionAttributeValues={":run": {"S": name}},
+            Limit=1,
+            ScanIndexForward=False,
+        )["Items"]
+        if not found:
+            return newest
+        costs = [
+            float(value["S"]) for name, value in found[0].items() if name.startswith("batch")
+        ]
         newest, number = (int(found[0]["epoch"]["N"]) + 1, min(costs)), number + 1
+
 
 def newest_spent(
     account: Account,
     stack: str,
     run: str,
-) -> float | None: # USD
+) -> float | None:  # USD
     "What a run had cost when LaunchLambda last counted it: once a second at most, so some epochs back."
     newest, number = None, 0
     while True:
         name = f"{run}~{number}" if number else run
-        found = account.client("dynamodb").query(TableName=f"{stack}-Costs", KeyConditionExpression="#run = :run", ExpressionAttributeNames={"#run": "run"},
-                                                 ExpressionAttributeValues={":run": {"S": name}}, Limit=50, ScanIndexForward=False)["Items"]
-        if not found: return newest
+        found = account.client("dynamodb").query(
+            TableName=f"{stack}-Costs",
+            KeyConditionExpression="#run = :run",
+            ExpressionAttributeNames={"#run": "run"},
+            ExpressionAttributeValues={":run": {"S": name}},
+            Limit=50,
+            ScanIndexForward=False,
+        )["Items"]
+        if not found:
+            return newest
         spent = [float(item["spent"]["S"]) for item in found if "spent" in item]
         newest, number = spent[0] if spent else newest, number + 1
 
+
 WHERE = ("run", "epoch", "batch", "layer", "neuron")
+
 
 def readable(
     line: str,  # of a log
 ) -> str:
     "What a line says, and of which piece of work. What is not from `snn.cloud.telemetry` is left as it is."
-    try: told = msgspec.json.decode(line, type=dict)
-    except msgspec.DecodeError: return line.strip()
+    try:
+        told = msgspec.json.decode(line, type=dict)
+    except msgspec.DecodeError:
+        return line.strip()
     where = ", ".join(f"{name} {told[name]}" for name in WHERE if name in told)
     return f"{where}: {told['message']}" if where and "message" in told else line.strip()
+
 
 def errors_since(
     account: Account,
@@ -121,8 +161,15 @@ def errors_since(
     "What the functions have complained of."
     lines = []
     for function in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
-        try: found = account.client("logs").filter_log_events(logGroupName=f"/aws/lambda/{stack}-{function}", startTime=round(since * 1000), filterPattern="ERROR", limit=20)
-        except ClientError: continue  # it has not written anything yet
+        try:
+            found = account.client("logs").filter_log_events(
+                logGroupName=f"/aws/lambda/{stack}-{function}",
+                startTime=round(since * 1000),
+                filterPattern="ERROR",
+                limit=20,
+            )
+        except ClientError:
+            continue  # it has not written anything yet
         lines += [f"{function}: {readable(event['message'])}" for event in found["events"]]
     return lines
 
@@ -134,18 +181,28 @@ def finished(
 ) -> bool:
     "Whether a run has left all it leaves."
     head = lambda key: account.client("s3").head_object(Bucket=bucket, Key=key)
-    try: own, served = head(f"training_results/{run}/params.h5"), head("prediction_input/params.h5")
-    except ClientError: return False
+    try:
+        own, served = (
+            head(f"training_results/{run}/params.h5"),
+            head("prediction_input/params.h5"),
+        )
+    except ClientError:
+        return False
     return own["ETag"] == served["ETag"] or served["LastModified"] > own["LastModified"]
+
 
 def stopped(
     account: Account,
     bucket: str,
     run: str,
-) -> str: # empty if it was not
+) -> str:  # empty if it was not
     "Why a run ended before its time."
     found = Bucket(account.client("s3"), bucket).keys(f"training_results/{run}/stopped.json")
-    return json.loads(Bucket(account.client("s3"), bucket).get(found[0]))["reason"] if found else ""
+    return (
+        json.loads(Bucket(account.client("s3"), bucket).get(found[0]))["reason"]
+        if found
+        else ""
+    )
 
 # %% ../../nbs/deploy/05_runs.ipynb #1419efae
 def watch(
@@ -153,18 +210,30 @@ def watch(
     stack: str,
     run: str,
     report: Callable[[News], None],
-    every: float=5.0,           # seconds
-    patience: float=float("inf"), # seconds without a new epoch after which to give up
+    every: float = 5.0,  # seconds
+    patience: float = float("inf"),  # seconds without a new epoch after which to give up
 ) -> News:
     "Report on a run until its results are there; raises `RuntimeError` if it ends early, or if nothing happens any more."
     bucket, since, epochs, moved = bucket_of(account, stack), time.time(), -1, time.monotonic()
     while True:
         asked, (now, cost) = time.time(), newest_cost(account, stack, run)
-        news = News(now, cost, errors_since(account, stack, since), finished(account, bucket, run), newest_spent(account, stack, run))
+        news = News(
+            now,
+            cost,
+            errors_since(account, stack, since),
+            finished(account, bucket, run),
+            newest_spent(account, stack, run),
+        )
         report(news)
-        if news.finished: return news
-        if reason := stopped(account, bucket, run): raise RuntimeError(f"run {run} ended after {now} epochs: {reason}")
-        if now != epochs: epochs, moved = now, time.monotonic()
-        if time.monotonic() - moved > patience: raise RuntimeError(f"run {run} has not come further than {now} epochs for {patience:g} s; the logs under /aws/lambda/{stack}- may say why")
+        if news.finished:
+            return news
+        if reason := stopped(account, bucket, run):
+            raise RuntimeError(f"run {run} ended after {now} epochs: {reason}")
+        if now != epochs:
+            epochs, moved = now, time.monotonic()
+        if time.monotonic() - moved > patience:
+            raise RuntimeError(
+                f"run {run} has not come further than {now} epochs for {patience:g} s; the logs under /aws/lambda/{stack}- may say why"
+            )
         since = asked
         time.sleep(every)

@@ -25,11 +25,13 @@ def infra_folder() -> Path:
     "The repository's `infra`."
     return clone_folder("infra")
 
+
 def artifacts_bucket(
     inputs: Inputs,
 ) -> str:
     "Name of the bucket that holds templates and packages."
     return f"{inputs.bucket}-artifacts"
+
 
 def make_artifacts_bucket(
     account: Account,
@@ -37,13 +39,32 @@ def make_artifacts_bucket(
 ) -> None:
     "Make the bucket, closed to the public, if it is not there."
     s3, name = account.client("s3"), artifacts_bucket(inputs)
-    try: return s3.head_bucket(Bucket=name)
-    except ClientError: pass
-    where = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+    try:
+        return s3.head_bucket(Bucket=name)
+    except ClientError:
+        pass
+    where = (
+        {}
+        if account.region == "us-east-1"
+        else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+    )
     s3.create_bucket(Bucket=name, **where)
-    s3.put_public_access_block(Bucket=name, PublicAccessBlockConfiguration=dict.fromkeys(
-        ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True))
-    s3.put_bucket_tagging(Bucket=name, Tagging={"TagSet": [{"Key": TAG, "Value": inputs.stack}]})
+    s3.put_public_access_block(
+        Bucket=name,
+        PublicAccessBlockConfiguration=dict.fromkeys(
+            (
+                "BlockPublicAcls",
+                "IgnorePublicAcls",
+                "BlockPublicPolicy",
+                "RestrictPublicBuckets",
+            ),
+            True,
+        ),
+    )
+    s3.put_bucket_tagging(
+        Bucket=name, Tagging={"TagSet": [{"Key": TAG, "Value": inputs.stack}]}
+    )
+
 
 def put_once(
     account: Account,
@@ -53,8 +74,10 @@ def put_once(
 ) -> None:
     "Put a file into a bucket unless it is there. Its key must tell its content."
     s3 = account.client("s3")
-    try: s3.head_object(Bucket=bucket, Key=key)
-    except ClientError: s3.put_object(Bucket=bucket, Key=key, Body=content)
+    try:
+        s3.head_object(Bucket=bucket, Key=key)
+    except ClientError:
+        s3.put_object(Bucket=bucket, Key=key, Body=content)
 
 # %% ../../nbs/deploy/04_stack.ipynb #f943ba66
 def upload_artifacts(
@@ -66,78 +89,141 @@ def upload_artifacts(
     make_artifacts_bucket(account, inputs)
     bucket, folder = artifacts_bucket(inputs), infra_folder()
     templates = sorted(folder.rglob("*.yaml"))
-    edition = hashlib.sha256(b"".join(path.read_bytes() for path in templates)).hexdigest()[:16]
-    keys = {name: f"packages/{name}-{package.sha256[:16]}.zip" for name, package in packages.items()}
-    for path in templates: put_once(account, bucket, f"templates/{edition}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    for name, package in packages.items(): put_once(account, bucket, keys[name], package.path.read_bytes())
+    edition = hashlib.sha256(b"".join(path.read_bytes() for path in templates)).hexdigest()[
+        :16
+    ]
+    keys = {
+        name: f"packages/{name}-{package.sha256[:16]}.zip"
+        for name, package in packages.items()
+    }
+    for path in templates:
+        put_once(
+            account,
+            bucket,
+            f"templates/{edition}/{path.relative_to(folder).as_posix()}",
+            path.read_bytes(),
+        )
+    for name, package in packages.items():
+        put_once(account, bucket, keys[name], package.path.read_bytes())
     address = f"{account.client('s3').meta.endpoint_url}/{bucket}/templates/{edition}"
-    return {"Artifacts": bucket, "Templates": address, "LaunchPackage": keys["launch"], "TrainingPackage": keys["training"],
-            "Architecture": packages["training"].target.machine}
+    return {
+        "Artifacts": bucket,
+        "Templates": address,
+        "LaunchPackage": keys["launch"],
+        "TrainingPackage": keys["training"],
+        "Architecture": packages["training"].target.machine,
+    }
 
 # %% ../../nbs/deploy/04_stack.ipynb #c50a4574
 class Event(NamedTuple):
     "Something that happened to a resource."
+
     id: str
-    when: float       # seconds since 1970
-    stack: str        # name of the stack, or of the nested one
+    when: float  # seconds since 1970
+    stack: str  # name of the stack, or of the nested one
     resource: str
-    kind: str         # as AWS::S3::Bucket
-    status: str       # as CREATE_COMPLETE
+    kind: str  # as AWS::S3::Bucket
+    status: str  # as CREATE_COMPLETE
     reason: str
-    physical: str     # name or ARN
+    physical: str  # name or ARN
 
     @property
     def failed(self) -> bool:
         "Whether this is where something went wrong, and not what followed from it."
-        return self.status.endswith("FAILED") and "cancelled" not in self.reason and self.kind != "AWS::CloudFormation::Stack"
+        return (
+            self.status.endswith("FAILED")
+            and "cancelled" not in self.reason
+            and self.kind != "AWS::CloudFormation::Stack"
+        )
+
 
 def events_of(
     account: Account,
-    stack: str,   # name or id
+    stack: str,  # name or id
 ) -> list[Event]:
     "All events of one stack, oldest first."
-    pages = account.client("cloudformation").get_paginator("describe_stack_events").paginate(StackName=stack)
-    return [Event(e["EventId"], e["Timestamp"].timestamp(), e["StackName"], e["LogicalResourceId"], e["ResourceType"], e["ResourceStatus"],
-                  e.get("ResourceStatusReason", ""), e.get("PhysicalResourceId", "")) for page in pages for e in page["StackEvents"]][::-1]
+    pages = (
+        account.client("cloudformation")
+        .get_paginator("describe_stack_events")
+        .paginate(StackName=stack)
+    )
+    return [
+        Event(
+            e["EventId"],
+            e["Timestamp"].timestamp(),
+            e["StackName"],
+            e["LogicalResourceId"],
+            e["ResourceType"],
+            e["ResourceStatus"],
+            e.get("ResourceStatusReason", ""),
+            e.get("PhysicalResourceId", ""),
+        )
+        for page in pages
+        for e in page["StackEvents"]
+    ][::-1]
+
 
 def all_events(
     account: Account,
-    stack: str,   # name or id
+    stack: str,  # name or id
 ) -> list[Event]:
     "All events of a stack and those nested in it, oldest first."
-    try: events = events_of(account, stack)
-    except ClientError: return []  # not there yet, or not any more
-    nested = {e.physical for e in events if e.kind == "AWS::CloudFormation::Stack" and e.physical.startswith("arn:") and e.physical != stack and e.resource != e.stack}
-    for name in nested: events += all_events(account, name)
+    try:
+        events = events_of(account, stack)
+    except ClientError:
+        return []  # not there yet, or not any more
+    nested = {
+        e.physical
+        for e in events
+        if e.kind == "AWS::CloudFormation::Stack"
+        and e.physical.startswith("arn:")
+        and e.physical != stack
+        and e.resource != e.stack
+    }
+    for name in nested:
+        events += all_events(account, name)
     return sorted(events, key=lambda event: event.when)
 
 # %% ../../nbs/deploy/04_stack.ipynb #3d6c13ca
 DONE = ("COMPLETE", "FAILED")
 
+
 def follow(
     account: Account,
-    stack: str,                       # id of the stack; a deleted one has no name any more
-    seen: set[str],                   # ids of events that are old news
+    stack: str,  # id of the stack; a deleted one has no name any more
+    seen: set[str],  # ids of events that are old news
     report: Callable[[Event], None],
-    every: float=2.0,                 # seconds
-) -> tuple[str, list[Event]]: # the stack's status at the end, and what happened
+    every: float = 2.0,  # seconds
+) -> tuple[str, list[Event]]:  # the stack's status at the end, and what happened
     "Report what happens to a stack until nothing does any more."
     happened: list[Event] = []
     while True:
         found = describe(account, stack)
         for event in all_events(account, stack):
-            if event.id in seen: continue
-            seen.add(event.id); happened.append(event); report(event)
+            if event.id in seen:
+                continue
+            seen.add(event.id)
+            happened.append(event)
+            report(event)
         status = found["StackStatus"] if found else "DELETE_COMPLETE"
-        if status.endswith(DONE) and not status.endswith("CLEANUP_IN_PROGRESS"): return status, happened
+        if status.endswith(DONE) and not status.endswith("CLEANUP_IN_PROGRESS"):
+            return status, happened
         time.sleep(every)
+
 
 def failure(
     events: list[Event],
 ) -> str:
     "What failed first, and why."
-    first = next((e for e in events if e.failed), next((e for e in events if e.status.endswith("FAILED")), None))
-    return f"{first.resource} ({first.kind}) of {first.stack}: {first.reason or first.status}" if first else "CloudFormation gave no reason"
+    first = next(
+        (e for e in events if e.failed),
+        next((e for e in events if e.status.endswith("FAILED")), None),
+    )
+    return (
+        f"{first.resource} ({first.kind}) of {first.stack}: {first.reason or first.status}"
+        if first
+        else "CloudFormation gave no reason"
+    )
 
 # %% ../../nbs/deploy/04_stack.ipynb #c2648555
 def unchanged(
@@ -147,9 +233,11 @@ def unchanged(
 ) -> bool:
     "Whether the stack is what it would become."
     found = describe(account, stack)
-    if found is None or found["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"): return False
+    if found is None or found["StackStatus"] not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
+        return False
     have = parameters_of(found)
     return all(have.get(name) == value for name, value in parameters.items())
+
 
 def clear_failed(
     account: Account,
@@ -157,50 +245,91 @@ def clear_failed(
 ) -> None:
     "Remove what a failed creation has left, since CloudFormation can't update it."
     found, formation = describe(account, stack), account.client("cloudformation")
-    if found is None or found["StackStatus"] not in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "REVIEW_IN_PROGRESS", "CREATE_FAILED", "DELETE_FAILED"): return
+    if found is None or found["StackStatus"] not in (
+        "ROLLBACK_COMPLETE",
+        "ROLLBACK_FAILED",
+        "REVIEW_IN_PROGRESS",
+        "CREATE_FAILED",
+        "DELETE_FAILED",
+    ):
+        return
     formation.delete_stack(StackName=stack)
-    try: formation.get_waiter("stack_delete_complete").wait(StackName=found["StackId"], WaiterConfig={"Delay": 2})
-    except WaiterError: raise InputError(f"the stack {stack} is left over from a deployment that failed, and could not be deleted; bin/destroy says why") from None
+    try:
+        formation.get_waiter("stack_delete_complete").wait(
+            StackName=found["StackId"], WaiterConfig={"Delay": 2}
+        )
+    except WaiterError:
+        raise InputError(
+            f"the stack {stack} is left over from a deployment that failed, and could not be deleted; bin/destroy says why"
+        ) from None
 
 # %% ../../nbs/deploy/04_stack.ipynb #fdf74cc8
 def make_change_set(
     account: Account,
     stack: str,
     parameters: dict[str, str],
-) -> tuple[str, str] | None: # ids of the change set and the stack; None if nothing would change
+) -> (
+    tuple[str, str] | None
+):  # ids of the change set and the stack; None if nothing would change
     "Ask CloudFormation what it would do."
     formation = account.client("cloudformation")
     kind = "UPDATE" if describe(account, stack) else "CREATE"
     made = formation.create_change_set(
-        StackName=stack, ChangeSetName=f"deploy-{time.time_ns()}", ChangeSetType=kind, TemplateURL=f"{parameters['Templates']}/main.yaml",
-        Capabilities=["CAPABILITY_IAM"], Tags=[{"Key": TAG, "Value": stack}],
-        Parameters=[{"ParameterKey": name, "ParameterValue": value} for name, value in parameters.items()])
-    try: formation.get_waiter("change_set_create_complete").wait(ChangeSetName=made["Id"], WaiterConfig={"Delay": 2})
+        StackName=stack,
+        ChangeSetName=f"deploy-{time.time_ns()}",
+        ChangeSetType=kind,
+        TemplateURL=f"{parameters['Templates']}/main.yaml",
+        Capabilities=["CAPABILITY_IAM"],
+        Tags=[{"Key": TAG, "Value": stack}],
+        Parameters=[
+            {"ParameterKey": name, "ParameterValue": value}
+            for name, value in parameters.items()
+        ],
+    )
+    try:
+        formation.get_waiter("change_set_create_complete").wait(
+            ChangeSetName=made["Id"], WaiterConfig={"Delay": 2}
+        )
     except WaiterError:
-        reason = formation.describe_change_set(ChangeSetName=made["Id"]).get("StatusReason", "")
+        reason = formation.describe_change_set(ChangeSetName=made["Id"]).get(
+            "StatusReason", ""
+        )
         formation.delete_change_set(ChangeSetName=made["Id"])
-        if "didn't contain changes" in reason or "No updates" in reason: return None
+        if "didn't contain changes" in reason or "No updates" in reason:
+            return None
         raise RuntimeError(f"CloudFormation refused the stack {stack}: {reason}") from None
     return made["Id"], made["StackId"]
 
+
 def deploy(
     account: Account,
-    inputs: Inputs,                  # checked
-    packages: dict[str, Package],    # training and launch
-    options: dict[str, str],         # other parameters of main.yaml
-    report: Callable[[Event], None]=lambda event: None,
-    every: float=2.0,                # seconds between looks
-) -> str: # created, updated or unchanged
+    inputs: Inputs,  # checked
+    packages: dict[str, Package],  # training and launch
+    options: dict[str, str],  # other parameters of main.yaml
+    report: Callable[[Event], None] = lambda event: None,
+    every: float = 2.0,  # seconds between looks
+) -> str:  # created, updated or unchanged
     "Create or update the stack; raises `RuntimeError` with what failed first."
-    five = {"BucketName": inputs.bucket, "Email": inputs.email, "GitHubUser": inputs.github_user, "ConnectionArn": inputs.connection,
-            "Local": "yes" if account.endpoint_url else "no"}
+    five = {
+        "BucketName": inputs.bucket,
+        "Email": inputs.email,
+        "GitHubUser": inputs.github_user,
+        "ConnectionArn": inputs.connection,
+        "Local": "yes" if account.endpoint_url else "no",
+    }
     parameters = {**five, **options, **upload_artifacts(account, inputs, packages)}
-    if unchanged(account, inputs.stack, parameters): return "unchanged"
+    if unchanged(account, inputs.stack, parameters):
+        return "unchanged"
     clear_failed(account, inputs.stack)
-    word, seen = ("updated" if describe(account, inputs.stack) else "created"), {event.id for event in all_events(account, inputs.stack)}
+    word, seen = (
+        ("updated" if describe(account, inputs.stack) else "created"),
+        {event.id for event in all_events(account, inputs.stack)},
+    )
     change_set = make_change_set(account, inputs.stack, parameters)
-    if change_set is None: return "unchanged"
+    if change_set is None:
+        return "unchanged"
     account.client("cloudformation").execute_change_set(ChangeSetName=change_set[0])
     status, events = follow(account, change_set[1], seen, report, every)
-    if status not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"): raise RuntimeError(f"the stack {inputs.stack} could not be {word}: {failure(events)}")
+    if status not in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
+        raise RuntimeError(f"the stack {inputs.stack} could not be {word}: {failure(events)}")
     return word

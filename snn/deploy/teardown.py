@@ -21,68 +21,110 @@ from ..maths.parameters import InputError
 # %% ../../nbs/deploy/06_teardown.ipynb #27760201
 class Resource(NamedTuple):
     "Something that a stack consists of."
-    kind: str      # as AWS::S3::Bucket
+
+    kind: str  # as AWS::S3::Bucket
     physical: str  # its name or ARN
+
 
 def resources(
     account: Account,
     stack: str,  # name or id
 ) -> list[Resource]:
     "All resources of a stack and those nested in it."
-    pages = account.client("cloudformation").get_paginator("list_stack_resources").paginate(StackName=stack)
-    found = [Resource(r["ResourceType"], r["PhysicalResourceId"]) for page in pages for r in page["StackResourceSummaries"]
-             if r.get("PhysicalResourceId") and not r["ResourceStatus"].startswith("DELETE_COMPLETE")]
-    return found + [inner for r in found if r.kind == "AWS::CloudFormation::Stack" for inner in resources(account, r.physical)]
+    pages = (
+        account.client("cloudformation")
+        .get_paginator("list_stack_resources")
+        .paginate(StackName=stack)
+    )
+    found = [
+        Resource(r["ResourceType"], r["PhysicalResourceId"])
+        for page in pages
+        for r in page["StackResourceSummaries"]
+        if r.get("PhysicalResourceId")
+        and not r["ResourceStatus"].startswith("DELETE_COMPLETE")
+    ]
+    return found + [
+        inner
+        for r in found
+        if r.kind == "AWS::CloudFormation::Stack"
+        for inner in resources(account, r.physical)
+    ]
 
 # %% ../../nbs/deploy/06_teardown.ipynb #5a8eb9c9
 def empty_bucket(
     account: Account,
     name: str,
-) -> int: # objects deleted, all versions counted
+) -> int:  # objects deleted, all versions counted
     "Delete all versions of all files; a bucket that is not there is empty."
     s3, count = account.client("s3"), 0
     try:
         for page in s3.get_paginator("list_object_versions").paginate(Bucket=name):
-            doomed = [{"Key": v["Key"], "VersionId": v["VersionId"]} for v in page.get("Versions", []) + page.get("DeleteMarkers", [])]
-            if not doomed: continue
-            refused = s3.delete_objects(Bucket=name, Delete={"Objects": doomed, "Quiet": True}).get("Errors", [])
-            if refused: raise ClientError({"Error": refused[0]}, f"DeleteObjects of {refused[0]['Key']}")
+            doomed = [
+                {"Key": v["Key"], "VersionId": v["VersionId"]}
+                for v in page.get("Versions", []) + page.get("DeleteMarkers", [])
+            ]
+            if not doomed:
+                continue
+            refused = s3.delete_objects(
+                Bucket=name, Delete={"Objects": doomed, "Quiet": True}
+            ).get("Errors", [])
+            if refused:
+                raise ClientError(
+                    {"Error": refused[0]}, f"DeleteObjects of {refused[0]['Key']}"
+                )
             count += len(doomed)
     except ClientError as error:
-        if error.response["Error"]["Code"] != "NoSuchBucket": raise
+        if error.response["Error"]["Code"] != "NoSuchBucket":
+            raise
     return count
+
 
 def empty_registry(
     account: Account,
     name: str,
-) -> int: # images deleted
+) -> int:  # images deleted
     "Delete all images of an ECR repository."
     ecr, count = account.client("ecr"), 0
     for page in ecr.get_paginator("list_images").paginate(repositoryName=name):
-        if page["imageIds"]: ecr.batch_delete_image(repositoryName=name, imageIds=page["imageIds"])
+        if page["imageIds"]:
+            ecr.batch_delete_image(repositoryName=name, imageIds=page["imageIds"])
         count += len(page["imageIds"])
     return count
+
 
 def stop_service(
     account: Account,
     arn: str,  # arn:...:service/CLUSTER/NAME
-) -> int: # tasks it had
+) -> int:  # tasks it had
     "Let an ECS service end its tasks."
     _, cluster, name = arn.rsplit("/", 2)
     account.client("ecs").update_service(cluster=cluster, service=name, desiredCount=0)
     return 1
 
+
 def delete_tasks(
     account: Account,
     arn: str,  # arn:...:task-definition/FAMILY:NUMBER
-) -> int: # deleted, all numbers counted
+) -> int:  # deleted, all numbers counted
     "Delete what ECS keeps of a task's definitions after they have been given up."
     ecs, family = account.client("ecs"), arn.rpartition("/")[2].partition(":")[0]
-    arns = [name for page in ecs.get_paginator("list_task_definitions").paginate(familyPrefix=family, status="INACTIVE") for name in page["taskDefinitionArns"]]
-    for first in range(0, len(arns), 10): ecs.delete_task_definitions(taskDefinitions=arns[first:first + 10])
+    arns = [
+        name
+        for page in ecs.get_paginator("list_task_definitions").paginate(
+            familyPrefix=family, status="INACTIVE"
+        )
+        for name in page["taskDefinitionArns"]
+    ]
+    for first in range(0, len(arns), 10):
+        ecs.delete_task_definitions(taskDefinitions=arns[first : first + 10])
     return len(arns)
 
-EMPTY = {"AWS::S3::Bucket": empty_bucket, "AWS::ECR::Repository": empty_registry, "AWS::ECS::Service": stop_service}
+
+EMPTY = {
+    "AWS::S3::Bucket": empty_bucket,
+    "AWS::ECR::Repository": empty_registry,
+    "AWS::ECS::Service": stop_service,
+}
 
 # %% ../../nbs/deploy/06_teardown.ipynb #6d5d2c9d
 def delete_interfaces(
@@ -90,32 +132,62 @@ def delete_interfaces(
     found: list[Resource],
 ) -> int:
     "Delete idle network interfaces in the stack's security groups."
-    groups = [r.physical for r in found if r.kind == "AWS::EC2::SecurityGroup" and r.physical.startswith("sg-")]
-    if not groups: return 0
-    ec2, filters = account.client("ec2"), [{"Name": "group-id", "Values": groups}, {"Name": "status", "Values": ["available"]}]
+    groups = [
+        r.physical
+        for r in found
+        if r.kind == "AWS::EC2::SecurityGroup" and r.physical.startswith("sg-")
+    ]
+    if not groups:
+        return 0
+    ec2, filters = (
+        account.client("ec2"),
+        [{"Name": "group-id", "Values": groups}, {"Name": "status", "Values": ["available"]}],
+    )
     interfaces = ec2.describe_network_interfaces(Filters=filters)["NetworkInterfaces"]
-    for interface in interfaces: ec2.delete_network_interface(NetworkInterfaceId=interface["NetworkInterfaceId"])
+    for interface in interfaces:
+        ec2.delete_network_interface(NetworkInterfaceId=interface["NetworkInterfaceId"])
     return len(interfaces)
 
-LOGS = {"AWS::Lambda::Function": "/aws/lambda/", "AWS::CodeBuild::Project": "/aws/codebuild/", "AWS::Logs::LogGroup": ""}
+
+LOGS = {
+    "AWS::Lambda::Function": "/aws/lambda/",
+    "AWS::CodeBuild::Project": "/aws/codebuild/",
+    "AWS::Logs::LogGroup": "",
+}
+
 
 def log_groups(
     account: Account,
     found: list[Resource],
 ) -> list[str]:
     "Log groups that a stack's resources have, or that services have made for them."
-    describe = lambda name: account.client("logs").describe_log_groups(logGroupNamePrefix=name)["logGroups"]
+    describe = lambda name: account.client("logs").describe_log_groups(
+        logGroupNamePrefix=name
+    )["logGroups"]
     names = dict.fromkeys(LOGS[r.kind] + r.physical for r in found if r.kind in LOGS)
-    return [name for name in names if any(group["logGroupName"] == name for group in describe(name))]
+    return [
+        name
+        for name in names
+        if any(group["logGroupName"] == name for group in describe(name))
+    ]
+
 
 def tables(
     account: Account,
     stack: str,
 ) -> list[str]:
     "Tables of a stack."
-    names = [f"{stack}-{name}" for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda", "Costs")]
-    there = {name for page in account.client("dynamodb").get_paginator("list_tables").paginate() for name in page["TableNames"]}
+    names = [
+        f"{stack}-{name}"
+        for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda", "Costs")
+    ]
+    there = {
+        name
+        for page in account.client("dynamodb").get_paginator("list_tables").paginate()
+        for name in page["TableNames"]
+    }
     return [name for name in names if name in there]
+
 
 def remembered(
     account: Account,
@@ -124,47 +196,88 @@ def remembered(
     "Whether ECS only remembers it: what is deleted there stays visible for a while, as INACTIVE."
     ecs, (kind, *names) = account.client("ecs"), arn.split(":", 5)[5].split("/")
     try:
-        if kind == "service": states = [found["status"] for found in ecs.describe_services(cluster=names[0], services=[names[-1]])["services"]]
-        elif kind == "cluster": states = [found["status"] for found in ecs.describe_clusters(clusters=names)["clusters"]]
-        else: states = [ecs.describe_task_definition(taskDefinition=names[0])["taskDefinition"]["status"]]
-    except ClientError: return True
+        if kind == "service":
+            states = [
+                found["status"]
+                for found in ecs.describe_services(cluster=names[0], services=[names[-1]])[
+                    "services"
+                ]
+            ]
+        elif kind == "cluster":
+            states = [
+                found["status"] for found in ecs.describe_clusters(clusters=names)["clusters"]
+            ]
+        else:
+            states = [
+                ecs.describe_task_definition(taskDefinition=names[0])["taskDefinition"][
+                    "status"
+                ]
+            ]
+    except ClientError:
+        return True
     return all(state in ("INACTIVE", "DELETE_IN_PROGRESS") for state in states)
+
 
 def tagged(
     account: Account,
     stack: str,
 ) -> list[str]:
     "ARNs of all that has the stack's tag. The list of tags lags behind, so tables and buckets are asked for by name."
-    pages = account.client("resourcegroupstaggingapi").get_paginator("get_resources").paginate(TagFilters=[{"Key": TAG, "Values": [stack]}])
+    pages = (
+        account.client("resourcegroupstaggingapi")
+        .get_paginator("get_resources")
+        .paginate(TagFilters=[{"Key": TAG, "Values": [stack]}])
+    )
     arns = [item["ResourceARN"] for page in pages for item in page["ResourceTagMappingList"]]
-    there = {*tables(account, stack), *(bucket["Name"] for bucket in account.client("s3").list_buckets()["Buckets"])}
-    arns = [arn for arn in arns if arn.split(":")[2] not in ("dynamodb", "s3") or arn.split(":")[-1].split("/")[-1] in there]
+    there = {
+        *tables(account, stack),
+        *(bucket["Name"] for bucket in account.client("s3").list_buckets()["Buckets"]),
+    }
+    arns = [
+        arn
+        for arn in arns
+        if arn.split(":")[2] not in ("dynamodb", "s3")
+        or arn.split(":")[-1].split("/")[-1] in there
+    ]
     return [arn for arn in arns if arn.split(":")[2] != "ecs" or not remembered(account, arn)]
 
 # %% ../../nbs/deploy/06_teardown.ipynb #74f58a5d
 def own_stacks(
     account: Account,
     stack: str,
-) -> list[str]: # names, in the order of deletion
+) -> list[str]:  # names, in the order of deletion
     "A stack and that of its Prediction API; raises `InputError` if there is none, if it is not ours, or if it is just being changed."
     described = {name: describe(account, name) for name in (f"{stack}-service", stack)}
-    if described[stack] is None: raise InputError(f"there is no stack {stack} in {account.region}")
-    ours = {name for name, found in described.items() if found and {"Key": TAG, "Value": stack} in found.get("Tags", [])}
-    if stack not in ours: raise InputError(f"the stack {stack} is not one of ours; nothing was deleted")
+    if described[stack] is None:
+        raise InputError(f"there is no stack {stack} in {account.region}")
+    ours = {
+        name
+        for name, found in described.items()
+        if found and {"Key": TAG, "Value": stack} in found.get("Tags", [])
+    }
+    if stack not in ours:
+        raise InputError(f"the stack {stack} is not one of ours; nothing was deleted")
     if (described[f"{stack}-service"] or {}).get("StackStatus") == "UPDATE_IN_PROGRESS":
-        raise InputError(f"a new version of the Prediction API is just being deployed; send it back with snn approve --stack {stack} --no, or wait for its end")
+        raise InputError(
+            f"a new version of the Prediction API is just being deployed; send it back with snn approve --stack {stack} --no, or wait for its end"
+        )
     return [name for name in described if name in ours]
 
 # %% ../../nbs/deploy/06_teardown.ipynb #11ab63a2
 class Remains(NamedTuple):
     "Something that could not be deleted."
+
     what: str
     why: str
 
+
 def _try(what: str, remains: list[Remains], action: Callable, *args):
     "Do it, or note why not."
-    try: return action(*args)
-    except (ClientError, BotoCoreError) as error: remains.append(Remains(what, str(error)))
+    try:
+        return action(*args)
+    except (ClientError, BotoCoreError) as error:
+        remains.append(Remains(what, str(error)))
+
 
 def delete_stack(
     account: Account,
@@ -172,13 +285,17 @@ def delete_stack(
     found: list[Resource],
     report: Callable[[Event], None],
     every: float,
-) -> str: # why it could not be deleted; empty if it was
+) -> str:  # why it could not be deleted; empty if it was
     "Delete a stack; if network interfaces are in the way, delete them and try once more."
-    stack_id, seen = describe(account, stack)["StackId"], {event.id for event in all_events(account, stack)}
+    stack_id, seen = (
+        describe(account, stack)["StackId"],
+        {event.id for event in all_events(account, stack)},
+    )
     for _ in range(2):
         account.client("cloudformation").delete_stack(StackName=stack_id)
         status, events = follow(account, stack_id, seen, report, every)
-        if status == "DELETE_COMPLETE": return ""
+        if status == "DELETE_COMPLETE":
+            return ""
         delete_interfaces(account, found)
     return failure(events)
 
@@ -186,44 +303,94 @@ def delete_stack(
 def sweep(
     account: Account,
     stack: str,
-    found: list[Resource],    # that it consisted of
-    buckets: list[str],       # of the stack, and the one for its artifacts
-    remains: list[Remains],   # is added to
+    found: list[Resource],  # that it consisted of
+    buckets: list[str],  # of the stack, and the one for its artifacts
+    remains: list[Remains],  # is added to
 ) -> None:
     "Delete what the stack's deletion has left."
     for name in _try("log groups", remains, log_groups, account, found) or []:
-        _try(f"log group {name}", remains, lambda name=name: account.client("logs").delete_log_group(logGroupName=name))
+        _try(
+            f"log group {name}",
+            remains,
+            lambda name=name: account.client("logs").delete_log_group(logGroupName=name),
+        )
     for name in _try("tables", remains, tables, account, stack) or []:
-        _try(f"table {name}", remains, lambda name=name: account.client("dynamodb").delete_table(TableName=name))
+        _try(
+            f"table {name}",
+            remains,
+            lambda name=name: account.client("dynamodb").delete_table(TableName=name),
+        )
     there = {bucket["Name"] for bucket in account.client("s3").list_buckets()["Buckets"]}
     for name in there.intersection(buckets):
         _try(f"bucket {name}", remains, empty_bucket, account, name)
-        _try(f"bucket {name}", remains, lambda name=name: account.client("s3").delete_bucket(Bucket=name))
+        _try(
+            f"bucket {name}",
+            remains,
+            lambda name=name: account.client("s3").delete_bucket(Bucket=name),
+        )
+
 
 def destroy(
     account: Account,
     stack: str,
-    report: Callable[[Event], None]=lambda event: None,
-    every: float=2.0,  # seconds between looks
-    looks: int=6,      # how often to look for tagged remains, ten times `every` apart
+    report: Callable[[Event], None] = lambda event: None,
+    every: float = 2.0,  # seconds between looks
+    looks: int = 6,  # how often to look for tagged remains, ten times `every` apart
 ) -> list[Remains]:
     "Delete all of a stack; returns what is left. Raises `InputError` if there is no such stack."
     stacks = own_stacks(account, stack)
-    found, remains, bucket = [r for name in stacks for r in resources(account, name)], [], parameters_of(describe(account, stack))["BucketName"]
+    found, remains, bucket = (
+        [r for name in stacks for r in resources(account, name)],
+        [],
+        parameters_of(describe(account, stack))["BucketName"],
+    )
     for resource in found:
-        if resource.kind in EMPTY: _try(f"{resource.kind} {resource.physical}", remains, EMPTY[resource.kind], account, resource.physical)
+        if resource.kind in EMPTY:
+            _try(
+                f"{resource.kind} {resource.physical}",
+                remains,
+                EMPTY[resource.kind],
+                account,
+                resource.physical,
+            )
     for name in stacks:
         why = delete_stack(account, name, found, report, every)
-        if why: return [*remains, Remains(f"stack {name}", why)]  # artifacts stay: they are needed to try again
+        if why:
+            return [
+                *remains,
+                Remains(f"stack {name}", why),
+            ]  # artifacts stay: they are needed to try again
     for resource in found:
-        if resource.kind == "AWS::ECS::TaskDefinition": _try(f"task definitions {resource.physical}", remains, delete_tasks, account, resource.physical)
-    sweep(account, stack, found, [bucket, f"{bucket}-artifacts", *(r.physical for r in found if r.kind == "AWS::S3::Bucket")], remains)
-    return remains + [Remains(arn, "it is still there, by its tag") for arn in _still_tagged(account, stack, every * 10, looks)]
+        if resource.kind == "AWS::ECS::TaskDefinition":
+            _try(
+                f"task definitions {resource.physical}",
+                remains,
+                delete_tasks,
+                account,
+                resource.physical,
+            )
+    sweep(
+        account,
+        stack,
+        found,
+        [
+            bucket,
+            f"{bucket}-artifacts",
+            *(r.physical for r in found if r.kind == "AWS::S3::Bucket"),
+        ],
+        remains,
+    )
+    return remains + [
+        Remains(arn, "it is still there, by its tag")
+        for arn in _still_tagged(account, stack, every * 10, looks)
+    ]
+
 
 def _still_tagged(account: Account, stack: str, pause: float, looks: int) -> list[str]:
     "What has the stack's tag, after a few looks: the list of tags lags behind."
     for look in range(looks):
         found = tagged(account, stack)
-        if not found or look + 1 == looks: return found
+        if not found or look + 1 == looks:
+            return found
         time.sleep(pause)
     return []

@@ -24,16 +24,23 @@ from ..maths.parameters import InputError
 # %% ../../nbs/deploy/01_wheels.ipynb #ca04fdf7
 MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}  # Lambda's word, and that of the wheels
 
+
 class Target(NamedTuple):
     "The Python and the machine that a package is for."
-    python: str="3.13"
-    machine: str="arm64"
-    system: str="linux"
+
+    python: str = "3.13"
+    machine: str = "arm64"
+    system: str = "linux"
+
 
 def here() -> Target:
     "The interpreter that runs this."
     machine = platform.machine()
-    return Target(f"{sys.version_info.major}.{sys.version_info.minor}", "arm64" if machine == "aarch64" else machine, sys.platform)
+    return Target(
+        f"{sys.version_info.major}.{sys.version_info.minor}",
+        "arm64" if machine == "aarch64" else machine,
+        sys.platform,
+    )
 
 # %% ../../nbs/deploy/01_wheels.ipynb #b66d10f2
 def clone_folder(
@@ -41,8 +48,12 @@ def clone_folder(
 ) -> Path:
     "A folder of the repository; raises `InputError` if this is not a clone of it."
     folder = Path(snn.__file__).parents[1] / name
-    if folder.is_dir(): return folder
-    raise InputError(f"{folder}: no such folder; building and deploying need a clone of the repository, installed with pip install -e")
+    if folder.is_dir():
+        return folder
+    raise InputError(
+        f"{folder}: no such folder; building and deploying need a clone of the repository, installed with pip install -e"
+    )
+
 
 def build_folder() -> Path:
     "The repository's `lambda_build`."
@@ -53,49 +64,92 @@ def pip_options(
     target: Target,
 ) -> list[str]:
     "What makes pip choose wheels for another machine."
-    if target.system != "linux": return []  # only for the interpreter at hand
+    if target.system != "linux":
+        return []  # only for the interpreter at hand
     machine = MACHINES[target.machine]
     platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (28, 27, 26, 24, 17)]
-    return ["--implementation=cp", f"--python-version={target.python}", *platforms, f"--platform=manylinux2014_{machine}"]
+    return [
+        "--implementation=cp",
+        f"--python-version={target.python}",
+        *platforms,
+        f"--platform=manylinux2014_{machine}",
+    ]
 
 # %% ../../nbs/deploy/01_wheels.ipynb #29c3f704
 def _download(lock: Path, target: Target, folder: Path) -> None:
     "Let pip fetch the wheels of a lock file into a new folder."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-                               "--require-hashes", *pip_options(target), "--dest", f"{partial}/wheels", "-r", str(lock)], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--require-hashes",
+                *pip_options(target),
+                "--dest",
+                f"{partial}/wheels",
+                "-r",
+                str(lock),
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.strip().splitlines()[-1:]
-            raise InputError(f"pip could not fetch the wheels of {lock.name} for Python {target.python} on {target.machine}: {' '.join(said[:1])}")
-        try: os.rename(f"{partial}/wheels", folder)
+            said = [
+                line for line in done.stderr.splitlines() if line.startswith("ERROR")
+            ] or done.stderr.strip().splitlines()[-1:]
+            raise InputError(
+                f"pip could not fetch the wheels of {lock.name} for Python {target.python} on {target.machine}: {' '.join(said[:1])}"
+            )
+        try:
+            os.rename(f"{partial}/wheels", folder)
         except OSError:
-            if not folder.is_dir(): raise  # else somebody was faster
+            if not folder.is_dir():
+                raise  # else somebody was faster
+
 
 def wheels(
     name: str,  # of a lock file: training, launch or runtime
-    target: Target=Target(),
+    target: Target = Target(),
 ) -> list[Path]:
     "The wheels of a lock file; downloaded once."
     lock = build_folder() / f"{name}.txt"
     digest = hashlib.sha256("\n".join([lock.read_text(), *target]).encode()).hexdigest()[:16]
     folder = cache_folder() / "wheels" / digest
-    if not folder.is_dir(): _download(lock, target, folder)
+    if not folder.is_dir():
+        _download(lock, target, folder)
     return sorted(folder.glob("*.whl"))
 
 # %% ../../nbs/deploy/01_wheels.ipynb #3c93ef33
 def _pyenv_pythons(version: str) -> list[str]:
     "Interpreters of a version that pyenv knows, newest first."
-    if not shutil.which("pyenv"): return []
-    root = Path(subprocess.run(["pyenv", "root"], capture_output=True, text=True).stdout.strip(), "versions")
+    if not shutil.which("pyenv"):
+        return []
+    root = Path(
+        subprocess.run(["pyenv", "root"], capture_output=True, text=True).stdout.strip(),
+        "versions",
+    )
     return [str(path) for path in sorted(root.glob(f"{version}.*/bin/python"), reverse=True)]
+
 
 @lru_cache
 def find_python(
     version: str,  # as 3.13
-) -> str | None: # its path, or None
+) -> str | None:  # its path, or None
     "A Python of this version: the one that runs this, one on the `PATH`, or one of pyenv's."
     for path in [sys.executable, shutil.which(f"python{version}"), *_pyenv_pythons(version)]:
-        if not path: continue
-        asked = subprocess.run([path, "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True)
-        if asked.stdout.strip() == version: return path
+        if not path:
+            continue
+        asked = subprocess.run(
+            [path, "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+        )
+        if asked.stdout.strip() == version:
+            return path

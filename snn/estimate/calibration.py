@@ -25,94 +25,171 @@ from ..local.worker import cores
 from ..maths.parameters import Parameters
 
 # %% ../../nbs/estimate/05_calibration.ipynb #1ac8cec2
-START = {"handler": 4e-4, "request": 1.2e-4, "byte": 4e-10, "multiply_add": 6e-11}  # where the fit begins: seconds
+START = {
+    "handler": 4e-4,
+    "request": 1.2e-4,
+    "byte": 4e-10,
+    "multiply_add": 6e-11,
+}  # where the fit begins: seconds
 LAMBDA = {"api_call": 2e-3, "overhead": 1e-3}
-NOTHING = dict.fromkeys(("invoke", "deliver", "jitter", "straggler", "failure", "retry", "placement", "init", "connect", "overhead", "round_trip", "dynamodb", "s3",
-                         "api_call", "tell"), 0.) | {"node_bandwidth": 1e12, "function_bandwidth": 1e12, "vcpu_memory": 1769.}
+NOTHING = dict.fromkeys(
+    (
+        "invoke",
+        "deliver",
+        "jitter",
+        "straggler",
+        "failure",
+        "retry",
+        "placement",
+        "init",
+        "connect",
+        "overhead",
+        "round_trip",
+        "dynamodb",
+        "s3",
+        "api_call",
+        "tell",
+    ),
+    0.0,
+) | {"node_bandwidth": 1e12, "function_bandwidth": 1e12, "vcpu_memory": 1769.0}
+
 
 def here(
     times: dict[str, float],  # that were fitted
-    runtime: str="inline",
-    workers: int | None=None, # as many as there are processors
+    runtime: str = "inline",
+    workers: int | None = None,  # as many as there are processors
 ) -> Place:
     "This machine. A request costs the parameter server half of what it costs the client, and a byte of an operand a sixth of a multiplication."
     workers = workers or cores()
-    all_times = NOTHING | times | {"command": times["request"] / 2, "touch": times["multiply_add"] / 6}
-    if runtime == "inline": return Place(all_times, "queue", dict.fromkeys(FUNCTIONS, workers), cores=cores(), ledger=False, costs=False)
-    return Place(all_times, "invoke", dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 3}, cores=cores(), ledger=False, costs=False, scaling=1e6)
+    all_times = (
+        NOTHING | times | {"command": times["request"] / 2, "touch": times["multiply_add"] / 6}
+    )
+    if runtime == "inline":
+        return Place(
+            all_times,
+            "queue",
+            dict.fromkeys(FUNCTIONS, workers),
+            cores=cores(),
+            ledger=False,
+            costs=False,
+        )
+    return Place(
+        all_times,
+        "invoke",
+        dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 3},
+        cores=cores(),
+        ledger=False,
+        costs=False,
+        scaling=1e6,
+    )
 
 # %% ../../nbs/estimate/05_calibration.ipynb #45f81921
 class Run(NamedTuple):
     "A network, and how long an epoch took."
+
     plan: Plan
     seconds: float  # per epoch, measured
+
 
 def epoch_times(
     cloud: LocalCloud,
     parameters: Parameters,
     datasets: Path,
-) -> list[float]: # seconds
+) -> list[float]:  # seconds
     "How long each epoch of a run took, but for the first two."
     runs, marks = cloud.services.runs, []
     name = run_id(cloud.upload(parameters, datasets), parameters)
     while (status := runs.status(name)).state == "running":
-        if status.epoch >= 1 and (not marks or status.epoch > marks[-1][0]): marks.append((status.epoch, status.updated))
-        time.sleep(.003)
-    if status.state != "finished": raise RuntimeError(f"run {name} {status.state}: {status.reason}")
-    if len(marks) < 2: return epoch_times(cloud, msgspec.structs.replace(parameters, epochs=10 * parameters.epochs), datasets)  # it was over too soon to be timed
-    return [(after - before) / (late - early) for (early, before), (late, after) in zip(marks, marks[1:]) for _ in range(late - early)]
+        if status.epoch >= 1 and (not marks or status.epoch > marks[-1][0]):
+            marks.append((status.epoch, status.updated))
+        time.sleep(0.003)
+    if status.state != "finished":
+        raise RuntimeError(f"run {name} {status.state}: {status.reason}")
+    if len(marks) < 2:
+        return epoch_times(
+            cloud, msgspec.structs.replace(parameters, epochs=10 * parameters.epochs), datasets
+        )  # it was over too soon to be timed
+    return [
+        (after - before) / (late - early)
+        for (early, before), (late, after) in zip(marks, marks[1:])
+        for _ in range(late - early)
+    ]
+
 
 def measure(
     cloud: LocalCloud,
     plans: list[Plan],
     datasets: Path,
-    epochs: int=20,
-    repetitions: int=3,
+    epochs: int = 20,
+    repetitions: int = 3,
 ) -> list[Run]:
     "Train each network for some epochs, in turns; the median of all epochs counts, so that what else the machine does now and then does not."
     times: list[list[float]] = [[] for _ in plans]
     for turn in range(repetitions):
         for plan, taken in zip(plans, times):
-            chosen = msgspec.structs.replace(plan.parameters, epochs=epochs, threshold=0., seed=1000 * epochs + turn)
+            chosen = msgspec.structs.replace(
+                plan.parameters, epochs=epochs, threshold=0.0, seed=1000 * epochs + turn
+            )
             taken += epoch_times(cloud, chosen, datasets)
     return [Run(plan, statistics.median(taken)) for plan, taken in zip(plans, times)]
+
 
 def predicted(
     plan: Plan,
     place: Place,
-    epochs: int=6,
-) -> float: # seconds per epoch
+    epochs: int = 6,
+) -> float:  # seconds per epoch
     "What the simulation says of a network here."
     return simulate(plan, place, epochs).per_epoch
 
 # %% ../../nbs/estimate/05_calibration.ipynb #649912a1
 def fit(
     runs: list[Run],
-    start: dict[str, float],                          # seconds
+    start: dict[str, float],  # seconds
     place_of: Callable[[dict[str, float]], Place],
-    steps: int=5,
-    hold: float=.15,                                  # to the start, beside the errors
+    steps: int = 5,
+    hold: float = 0.15,  # to the start, beside the errors
 ) -> dict[str, float]:
     "The times that explain the runs best."
     names, first = list(start), np.log(list(start.values()))
     measured = np.log([run.seconds for run in runs])
+
     def errors(x: np.ndarray) -> np.ndarray:
         place = place_of(dict(zip(names, np.exp(x).tolist())))
         return np.log([predicted(run.plan, place, 3) for run in runs]) - measured
+
     x, one = first, np.eye(len(first))
     for _ in range(steps):
         now = errors(x)
-        slopes = np.array([(errors(x + .1 * one[k]) - now) / .1 for k in range(len(x))]).T
-        step = np.linalg.solve(slopes.T @ slopes + hold**2 * one, -(slopes.T @ now + hold**2 * (x - first)))
+        slopes = np.array([(errors(x + 0.1 * one[k]) - now) / 0.1 for k in range(len(x))]).T
+        step = np.linalg.solve(
+            slopes.T @ slopes + hold**2 * one, -(slopes.T @ now + hold**2 * (x - first))
+        )
         x = x + np.clip(step, -1, 1)
     return dict(zip(names, np.exp(x).tolist()))
 
 # %% ../../nbs/estimate/05_calibration.ipynb #ae91d233
-TRAINED_ON = [("neuron", (8, 1)), ("neuron", (12, 12, 1)), ("layer", (8, 1)), ("layer", (24, 12, 6, 1)), ("network", (8, 1)), ("network", (40, 10, 1))]
-ASKED_ABOUT = [("neuron", (20, 7, 5, 1)), ("layer", (20, 7, 5, 1)), ("network", (20, 7, 5, 1)), ("neuron", (30, 1)), ("layer", (16, 8, 1)), ("network", (12, 6, 1))]
+TRAINED_ON = [
+    ("neuron", (8, 1)),
+    ("neuron", (12, 12, 1)),
+    ("layer", (8, 1)),
+    ("layer", (24, 12, 6, 1)),
+    ("network", (8, 1)),
+    ("network", (40, 10, 1)),
+]
+ASKED_ABOUT = [
+    ("neuron", (20, 7, 5, 1)),
+    ("layer", (20, 7, 5, 1)),
+    ("network", (20, 7, 5, 1)),
+    ("neuron", (30, 1)),
+    ("layer", (16, 8, 1)),
+    ("network", (12, 6, 1)),
+]
+
 
 class Point(NamedTuple):
     "What was predicted of a network, and what was measured."
+
     runtime: str
     granularity: str
     sizes: list[int]
@@ -120,23 +197,41 @@ class Point(NamedTuple):
     measured: float
 
     @property
-    def error(self) -> float: return self.predicted / self.measured - 1
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
 
 def compare(
-    datasets: Path,            # a datasets.h5
-    images: int,               # to learn from in it
-    size: int,                 # their edge in pixels
-    runtime: str="inline",     # or lambda
-    workers: int | None=None,  # as many as there are processors
-    epochs: int=20,            # of each run
-    repetitions: int=3,        # in turns
-    inline: dict[str, float]={}, # times fitted for inline, with which the fit for lambda begins
-) -> tuple[dict[str, float], list[Point]]: # times of this machine, and points that the fit has not seen
+    datasets: Path,  # a datasets.h5
+    images: int,  # to learn from in it
+    size: int,  # their edge in pixels
+    runtime: str = "inline",  # or lambda
+    workers: int | None = None,  # as many as there are processors
+    epochs: int = 20,  # of each run
+    repetitions: int = 3,  # in turns
+    inline: dict[
+        str, float
+    ] = {},  # times fitted for inline, with which the fit for lambda begins
+) -> tuple[
+    dict[str, float], list[Point]
+]:  # times of this machine, and points that the fit has not seen
     "Fit the times to some networks, and predict others."
-    turns = [which for pair in zip(TRAINED_ON, ASKED_ABOUT) for which in pair]  # what the machine does besides hits both alike
+    turns = [
+        which for pair in zip(TRAINED_ON, ASKED_ABOUT) for which in pair
+    ]  # what the machine does besides hits both alike
     plans = [default_plan(granularity, images, sizes, size) for granularity, sizes in turns]
-    with LocalCloud(workers, runtime=runtime) as cloud: runs = measure(cloud, plans, datasets, epochs, repetitions)
+    with LocalCloud(workers, runtime=runtime) as cloud:
+        runs = measure(cloud, plans, datasets, epochs, repetitions)
     start = START if runtime == "inline" else LAMBDA
     place_of = lambda times: here({**START, **inline, **times}, runtime, workers)
     times, asked = {**inline, **fit(runs[0::2], start, place_of)}, runs[1::2]
-    return times, [Point(runtime, run.plan.parameters.granularity, run.plan.parameters.sizes, predicted(run.plan, place_of(times)), run.seconds) for run in asked]
+    return times, [
+        Point(
+            runtime,
+            run.plan.parameters.granularity,
+            run.plan.parameters.sizes,
+            predicted(run.plan, place_of(times)),
+            run.seconds,
+        )
+        for run in asked
+    ]

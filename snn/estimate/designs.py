@@ -15,32 +15,58 @@ from .simulation import Outcome, Place, aws, enough_epochs, on_aws, simulate
 from ..maths.parameters import from_dict
 
 # %% ../../nbs/estimate/03_designs.ipynb #6f6a82eb
-ORIGINAL_BANDWIDTH = {"low": 125e6, "value": 62.5e6, "high": 31.25e6}  # bytes per second: 1, 0.5 and 0.25 Gbit/s
+ORIGINAL_BANDWIDTH = {
+    "low": 125e6,
+    "value": 62.5e6,
+    "high": 31.25e6,
+}  # bytes per second: 1, 0.5 and 0.25 Gbit/s
 ORIGINAL_EPOCH = 26.0  # seconds, as its results.json says: 21 hours for 2,957 epochs
+
 
 def original(
     book: Book,
-    end: str="value",  # or low or high, of what is not known of its parameter server
+    end: str = "value",  # or low or high, of what is not known of its parameter server
 ) -> Place:
     "The original's design, on AWS as it is today."
     place = aws(book, node_bandwidth=ORIGINAL_BANDWIDTH[end])
     return msgspec.structs.replace(place, threads=1, warm=False, images=False)
 
+
 def default_plan(
-    granularity: str="neuron",
-    images: int=209,
-    sizes: tuple[int, ...]=(20, 7, 5, 1),
-    size: int=64,              # edge of an image in pixels
-    **changes,                 # of the parameters
+    granularity: str = "neuron",
+    images: int = 209,
+    sizes: tuple[int, ...] = (20, 7, 5, 1),
+    size: int = 64,  # edge of an image in pixels
+    **changes,  # of the parameters
 ) -> Plan:
     "The original's network and data, as a plan that nobody runs."
     layers = [f"layer{l}" for l in range(1, len(sizes) + 1)]
-    values = dict(epochs=5000, layers=len(sizes), neurons=dict(zip(layers, sizes)), activations=dict(zip(layers, [*["relu"] * (len(sizes) - 1), "sigmoid"])),
-                  learning_rate=.0075, batch_size=64, threshold=.0019, granularity=granularity)
-    return Plan("0" * 12, from_dict(values | changes), "", "", images, size * size * 3, size, ("other", "cat"), "", "")
+    values = dict(
+        epochs=5000,
+        layers=len(sizes),
+        neurons=dict(zip(layers, sizes)),
+        activations=dict(zip(layers, [*["relu"] * (len(sizes) - 1), "sigmoid"])),
+        learning_rate=0.0075,
+        batch_size=64,
+        threshold=0.0019,
+        granularity=granularity,
+    )
+    return Plan(
+        "0" * 12,
+        from_dict(values | changes),
+        "",
+        "",
+        images,
+        size * size * 3,
+        size,
+        ("other", "cat"),
+        "",
+        "",
+    )
 
 # %% ../../nbs/estimate/03_designs.ipynb #38a3603e
 MOST = 100  # NeuronLambdas that we would let stay unasked
+
 
 def enough_residents(
     plan: Plan,
@@ -49,25 +75,35 @@ def enough_residents(
     widest = max(plan.parameters.sizes) if plan.parameters.granularity == "neuron" else 1
     return min(MOST, max(plan.batches, round(plan.batches * widest / 7)))
 
+
 def with_residents(
     plan: Plan,
-    residents: int | None=None,  # `enough_residents`, if not given
+    residents: int | None = None,  # `enough_residents`, if not given
 ) -> Plan:
     "The same run, whose functions stay."
     count = enough_residents(plan) if residents is None else residents
-    return msgspec.structs.replace(plan, parameters=msgspec.structs.replace(plan.parameters, residents=count))
+    return msgspec.structs.replace(
+        plan, parameters=msgspec.structs.replace(plan.parameters, residents=count)
+    )
 
 # %% ../../nbs/estimate/03_designs.ipynb #85ec036e
 def designs(
     book: Book,
-    messages: int=1000,  # of each design that are simulated, about
-    granularities: tuple[str, ...]=("neuron", "layer", "network"),
-) -> dict[str, Outcome]: # by design
+    messages: int = 1000,  # of each design that are simulated, about
+    granularities: tuple[str, ...] = ("neuron", "layer", "network"),
+) -> dict[str, Outcome]:  # by design
     "The default network on AWS: the original's design, ours, and functions that stay."
-    found = {"original": simulate(default_plan(), original(book), enough_epochs(default_plan(), messages))}
+    found = {
+        "original": simulate(
+            default_plan(), original(book), enough_epochs(default_plan(), messages)
+        )
+    }
     for granularity in granularities:
         plan = default_plan(granularity)
         epochs = enough_epochs(plan, messages)
-        for name, chosen in ((granularity, plan), (f"{granularity}, resident", with_residents(plan))):
+        for name, chosen in (
+            (granularity, plan),
+            (f"{granularity}, resident", with_residents(plan)),
+        ):
             found[name] = simulate(chosen, on_aws(chosen, book), epochs)
     return found

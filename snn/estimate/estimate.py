@@ -23,21 +23,29 @@ from ..maths import data as datasets
 from ..maths.parameters import InputError, Parameters
 
 # %% ../../nbs/estimate/04_estimate.ipynb #eb3bfac0
-DRAWN = (209, 64)  # images to learn from and their edge, in the data set that the project draws
+DRAWN = (
+    209,
+    64,
+)  # images to learn from and their edge, in the data set that the project draws
+
 
 def data_size(
     path: Path | None,  # a datasets.h5; None for the drawn one
-) -> tuple[int, int]: # images to learn from, and their edge in pixels
+) -> tuple[int, int]:  # images to learn from, and their edge in pixels
     "How much data there is; raises `InputError`."
-    if path is None: return DRAWN
-    with datasets.opened(path, kind="an HDF5 file with train_set_x; snn data pack makes one") as file:
+    if path is None:
+        return DRAWN
+    with datasets.opened(
+        path, kind="an HDF5 file with train_set_x; snn data pack makes one"
+    ) as file:
         count, size, *_ = file["train_set_x"].shape
     return count, size
+
 
 def planned(
     parameters: Parameters,
     images: int,  # to learn from, those held back included
-    size: int,    # edge in pixels
+    size: int,  # edge in pixels
 ) -> Plan:
     "The plan that the upload of such data would make."
     check_run(parameters, images, size * size * 3, LAMBDA)
@@ -52,6 +60,7 @@ def run_seconds(
     "How long a run takes, from the upload's invocation on."
     return outcome.epochs[0] + outcome.per_epoch * (epochs - 1)
 
+
 def usage_of(
     plan: Plan,
     outcome: Outcome,
@@ -62,8 +71,19 @@ def usage_of(
     simulated = len(outcome.epochs)
     seconds = {name: taken * epochs / simulated for name, taken in outcome.seconds.items()}
     (puts, mails), starts = files_and_mails(plan, epochs), sum(outcome.starts.values())
-    return Usage(work.invocations, seconds, outcome.starts, outcome.init, work.messages, work.writes + work.costs * (cost_units(plan.batches) - 1),
-                 puts, starts + 2, mails, run_seconds(outcome, epochs) / 3600)
+    return Usage(
+        work.invocations,
+        seconds,
+        outcome.starts,
+        outcome.init,
+        work.messages,
+        work.writes + work.costs * (cost_units(plan.batches) - 1),
+        puts,
+        starts + 2,
+        mails,
+        run_seconds(outcome, epochs) / 3600,
+    )
+
 
 def paid_for(
     plan: Plan,
@@ -74,9 +94,14 @@ def paid_for(
 ) -> Usage:
     "The same, where functions that stay are paid for as long as they do. Each seat has two environments, which take turns."
     usage = usage_of(plan, outcome, epochs, work)
-    if not plan.parameters.residents: return usage
+    if not plan.parameters.residents:
+        return usage
     twice = lambda counted: {name: 2 * number for name, number in counted.items()}
-    usage.starts, usage.init, usage.gets = twice(usage.starts), twice(usage.init), 2 * (usage.gets - 2) + 2
+    usage.starts, usage.init, usage.gets = (
+        twice(usage.starts),
+        twice(usage.init),
+        2 * (usage.gets - 2) + 2,
+    )
     return staying(plan, usage, book)
 
 # %% ../../nbs/estimate/04_estimate.ipynb #156903de
@@ -87,8 +112,10 @@ def drawn(
     "A value between a number's ends."
     u = generator.triangular(-1, 1, 0)
     end = number.low if u < 0 else number.high
-    if number.value <= 0 or end <= 0: return number.value + abs(u) * (end - number.value)
+    if number.value <= 0 or end <= 0:
+        return number.value + abs(u) * (end - number.value)
     return number.value * (end / number.value) ** abs(u)
+
 
 def draw_place(
     plan: Plan,
@@ -97,13 +124,20 @@ def draw_place(
 ) -> Place:
     "AWS with one possible value of everything that is not known."
     generator = random.Random(seed)
-    return on_aws(plan, book, **{name: drawn(number, generator) for name, number in book.latencies.items()})
+    return on_aws(
+        plan,
+        book,
+        **{name: drawn(number, generator) for name, number in book.latencies.items()},
+    )
+
 
 class Range(Struct):
     "A number, and where it lies with nine chances out of ten."
+
     value: float
     low: float
     high: float
+
 
 def _range(value: float, others: list[float]) -> Range:
     ranked = sorted([value, *others])
@@ -113,13 +147,16 @@ def _range(value: float, others: list[float]) -> Range:
 # %% ../../nbs/estimate/04_estimate.ipynb #cfa199f1
 class Quota(Struct):
     "How much of a limit is used."
+
     name: str
     used: float
     limit: float
     unit: str
 
     @property
-    def share(self) -> float: return self.used / self.limit
+    def share(self) -> float:
+        return self.used / self.limit
+
 
 def quotas(
     plan: Plan,
@@ -129,67 +166,119 @@ def quotas(
     "The limits of AWS that a run touches, the nearest first."
     work, epoch, simulated = epoch_work(plan), outcome.per_epoch, len(outcome.epochs)
     busiest = max(work.invocations.values()) * 2 / epoch
-    kept = 3 * (work.stored + work.weights[1])  # an epoch's values go when the next but one begins
-    used = {"concurrency": outcome.peak, "table_writes": busiest, "node_memory": kept, "node_network": outcome.bytes / simulated / epoch, "timeout": outcome.longest}
-    found = [Quota(name, value, book.quotas[name].value, book.quotas[name].unit) for name, value in used.items()]
+    kept = 3 * (
+        work.stored + work.weights[1]
+    )  # an epoch's values go when the next but one begins
+    used = {
+        "concurrency": outcome.peak,
+        "table_writes": busiest,
+        "node_memory": kept,
+        "node_network": outcome.bytes / simulated / epoch,
+        "timeout": outcome.longest,
+    }
+    found = [
+        Quota(name, value, book.quotas[name].value, book.quotas[name].unit)
+        for name, value in used.items()
+    ]
     return sorted(found, key=lambda quota: -quota.share)
 
 # %% ../../nbs/estimate/04_estimate.ipynb #b90b117a
 class Estimate(Struct):
     "What is to be expected of a run at one granularity."
+
     granularity: str
     epochs: int
     per_epoch: Work
-    work: Work               # of the run
+    work: Work  # of the run
     seconds_per_epoch: Range
-    seconds: Range           # of the run
+    seconds: Range  # of the run
     gb_seconds: float
-    bill: dict[str, float]   # USD, by service
-    dollars: Range           # of the run
+    bill: dict[str, float]  # USD, by service
+    dollars: Range  # of the run
     quotas: list[Quota]
-    draws: int               # on which the ranges rest
+    draws: int  # on which the ranges rest
+
 
 MESSAGES = 20_000  # more in an epoch, and no ranges are drawn
+
 
 def estimate(
     plan: Plan,
     book: Book,
-    epochs: int | None=None,  # that the run takes; as many as it may take, if not given
-    draws: int=12,            # fewer where an epoch has many messages
+    epochs: int | None = None,  # that the run takes; as many as it may take, if not given
+    draws: int = 12,  # fewer where an epoch has many messages
 ) -> Estimate:
     "What is to be expected of a run on AWS."
     epochs = epochs or plan.parameters.epochs
     work, per_epoch = run_work(plan, epochs), epoch_work(plan)
-    draws = draws if 20 * per_epoch.messages < MESSAGES else 2 if per_epoch.messages < MESSAGES else 0
+    draws = (
+        draws
+        if 20 * per_epoch.messages < MESSAGES
+        else 2
+        if per_epoch.messages < MESSAGES
+        else 0
+    )
     simulated = enough_epochs(plan) if per_epoch.messages < MESSAGES else 2
-    usual, others = simulate(plan, on_aws(plan, book), simulated), [simulate(plan, draw_place(plan, book, seed), enough_epochs(plan, 200)) for seed in range(draws)]
-    dollars = lambda outcome: sum(bill(paid_for(plan, outcome, epochs, work, book), book).values())
+    usual, others = (
+        simulate(plan, on_aws(plan, book), simulated),
+        [
+            simulate(plan, draw_place(plan, book, seed), enough_epochs(plan, 200))
+            for seed in range(draws)
+        ],
+    )
+    dollars = lambda outcome: sum(
+        bill(paid_for(plan, outcome, epochs, work, book), book).values()
+    )
     spread = lambda measure: _range(measure(usual), [measure(other) for other in others])
     usage = paid_for(plan, usual, epochs, work, book)
-    return Estimate(plan.parameters.granularity, epochs, per_epoch, work, spread(lambda o: o.per_epoch), spread(lambda o: run_seconds(o, epochs)),
-                    gb_seconds(usage, book), bill(usage, book), spread(dollars), quotas(plan, book, usual), draws)
+    return Estimate(
+        plan.parameters.granularity,
+        epochs,
+        per_epoch,
+        work,
+        spread(lambda o: o.per_epoch),
+        spread(lambda o: run_seconds(o, epochs)),
+        gb_seconds(usage, book),
+        bill(usage, book),
+        spread(dollars),
+        quotas(plan, book, usual),
+        draws,
+    )
+
 
 def at_granularity(
     plan: Plan,
     granularity: str,
 ) -> Plan:
-    return msgspec.structs.replace(plan, parameters=msgspec.structs.replace(plan.parameters, granularity=granularity))
+    return msgspec.structs.replace(
+        plan, parameters=msgspec.structs.replace(plan.parameters, granularity=granularity)
+    )
+
 
 def estimates(
     plan: Plan,
     book: Book,
-    epochs: int | None=None,
-    granularities: tuple[str, ...]=("neuron", "layer", "network"),
-) -> dict[str, Estimate]: # by granularity
+    epochs: int | None = None,
+    granularities: tuple[str, ...] = ("neuron", "layer", "network"),
+) -> dict[str, Estimate]:  # by granularity
     "The same run at several granularities."
-    return {granularity: estimate(at_granularity(plan, granularity), book, epochs) for granularity in granularities}
+    return {
+        granularity: estimate(at_granularity(plan, granularity), book, epochs)
+        for granularity in granularities
+    }
+
 
 def with_functions_that_stay(
     plan: Plan,
     book: Book,
-    epochs: int | None=None,
-    granularities: tuple[str, ...]=("neuron", "layer", "network"),
-) -> dict[str, tuple[int, Estimate]]: # by granularity: how many NeuronLambdas stay, and what is to be expected
+    epochs: int | None = None,
+    granularities: tuple[str, ...] = ("neuron", "layer", "network"),
+) -> dict[
+    str, tuple[int, Estimate]
+]:  # by granularity: how many NeuronLambdas stay, and what is to be expected
     "The same run, if its functions stayed."
     stay = {g: with_residents(at_granularity(plan, g)) for g in granularities}
-    return {g: (chosen.parameters.residents, estimate(chosen, book, epochs, draws=0)) for g, chosen in stay.items()}
+    return {
+        g: (chosen.parameters.residents, estimate(chosen, book, epochs, draws=0))
+        for g, chosen in stay.items()
+    }

@@ -25,41 +25,62 @@ from ..viz.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, SKY, VERMILLION, s
 # %% ../../nbs/estimate/06_figures.ipynb #3fecf900
 class Swing(NamedTuple):
     "What a number does to the time of an epoch."
+
     name: str
-    low: float    # seconds per epoch with the number at its low end
+    low: float  # seconds per epoch with the number at its low end
     high: float
-    note: str     # the number's range, with its unit
+    note: str  # the number's range, with its unit
+
 
 def swings(
     plan: Plan,
     book: Book,
-    messages: int=500,  # that are simulated each time, about
-) -> list[Swing]: # the widest first
+    messages: int = 500,  # that are simulated each time, about
+) -> list[Swing]:  # the widest first
     "Every assumption of the simulation, and what it does."
     found, epochs = [], enough_epochs(plan, messages)
     for name, number in book.latencies.items():
-        if number.low == number.high: continue
-        low, high = (simulate(plan, on_aws(plan, book, **{name: value}), epochs).per_epoch for value in (number.low, number.high))
-        found.append(Swing(name, low, high, f"{number.low:g} to {number.high:g} {number.unit}"))
+        if number.low == number.high:
+            continue
+        low, high = (
+            simulate(plan, on_aws(plan, book, **{name: value}), epochs).per_epoch
+            for value in (number.low, number.high)
+        )
+        found.append(
+            Swing(name, low, high, f"{number.low:g} to {number.high:g} {number.unit}")
+        )
     return sorted(found, key=lambda swing: -abs(swing.high - swing.low))
+
 
 def assumptions(book: Book) -> list[dict]:
     "Every number that the simulation assumes, with its range and its source, for a table."
-    return [{"name": name, **msgspec.to_builtins(number)} for name, number in book.latencies.items()]
+    return [
+        {"name": name, **msgspec.to_builtins(number)}
+        for name, number in book.latencies.items()
+    ]
+
 
 def tornado(
     found: list[Swing],
-    value: float,       # seconds per epoch with all numbers as usual
-    title: str="Which assumptions matter: seconds per epoch",
-    most: int=12,       # bars
+    value: float,  # seconds per epoch with all numbers as usual
+    title: str = "Which assumptions matter: seconds per epoch",
+    most: int = 12,  # bars
 ) -> Figure:
     "A bar for each assumption, from its low to its high end, the widest on top."
-    figure = sheet(8, .6 + .3 * min(most, len(found)), title)
+    figure = sheet(8, 0.6 + 0.3 * min(most, len(found)), title)
     axis = figure.add_subplot()
     for y, swing in enumerate(found[:most]):
-        axis.barh(y, swing.low - value, left=value, color=GREEN, height=.7)
-        axis.barh(y, swing.high - value, left=value, color=VERMILLION, height=.7)
-        axis.text(1.01, y, swing.note[:52], transform=axis.get_yaxis_transform(), va="center", fontsize=7, color=GREY)
+        axis.barh(y, swing.low - value, left=value, color=GREEN, height=0.7)
+        axis.barh(y, swing.high - value, left=value, color=VERMILLION, height=0.7)
+        axis.text(
+            1.01,
+            y,
+            swing.note[:52],
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=7,
+            color=GREY,
+        )
     axis.set_yticks(range(len(found[:most])), [swing.name for swing in found[:most]])
     axis.invert_yaxis()
     axis.axvline(value, color=INK, linewidth=1)
@@ -69,64 +90,110 @@ def tornado(
 # %% ../../nbs/estimate/06_figures.ipynb #b93ec50f
 def predicted_and_measured(
     points: list[Point],
-    within: float=.2,  # that is shown as a band
+    within: float = 0.2,  # that is shown as a band
 ) -> Figure:
     "Time per epoch, predicted over measured, each network a point."
     figure = sheet(6, 4.2, "Predicted and measured time per epoch")
-    axis = figure.add_subplot(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms")
+    axis = figure.add_subplot(
+        xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted, ms"
+    )
     ends = [min(p.measured for p in points) * 700, max(p.measured for p in points) * 1400]
-    axis.fill_between(ends, [e * (1 - within) for e in ends], [e * (1 + within) for e in ends], color=PALE, label=f"within {within:.0%}")
+    axis.fill_between(
+        ends,
+        [e * (1 - within) for e in ends],
+        [e * (1 + within) for e in ends],
+        color=PALE,
+        label=f"within {within:.0%}",
+    )
     axis.plot(ends, ends, color=GREY, linewidth=1)
-    colours, marks = {"inline": BLUE, "lambda": ORANGE}, {"neuron": "o", "layer": "s", "network": "^"}
+    colours, marks = (
+        {"inline": BLUE, "lambda": ORANGE},
+        {"neuron": "o", "layer": "s", "network": "^"},
+    )
     for runtime, granularity in dict.fromkeys((p.runtime, p.granularity) for p in points):
         mine = [p for p in points if (p.runtime, p.granularity) == (runtime, granularity)]
-        axis.scatter([1000 * p.measured for p in mine], [1000 * p.predicted for p in mine], color=colours[runtime], marker=marks[granularity], label=f"{runtime}, {granularity}")
+        axis.scatter(
+            [1000 * p.measured for p in mine],
+            [1000 * p.predicted for p in mine],
+            color=colours[runtime],
+            marker=marks[granularity],
+            label=f"{runtime}, {granularity}",
+        )
     axis.legend(fontsize=7)
     return figure
 
 # %% ../../nbs/estimate/06_figures.ipynb #78b9a6b9
-AIMS = {"neuron": (30 * 60, 1.), "network": (5 * 60, .1)}  # seconds and USD, for the default network
+AIMS = {
+    "neuron": (30 * 60, 1.0),
+    "network": (5 * 60, 0.1),
+}  # seconds and USD, for the default network
+
 
 class Design(NamedTuple):
     "A design, how long it takes and what it costs."
+
     name: str
     seconds: float  # of the run
     dollars: float
 
+
 def priced(
     found: dict[str, Outcome],  # from `designs`
     book: Book,
-    epochs: int=2957,
+    epochs: int = 2957,
 ) -> list[Design]:
     "What each design takes and costs for so many epochs."
     result = []
     for name, outcome in found.items():
         plan = default_plan("neuron" if name == "original" else name.split(",")[0])
-        if "resident" in name: plan = with_residents(plan)
+        if "resident" in name:
+            plan = with_residents(plan)
         usage = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
-        result.append(Design(name, run_seconds(outcome, epochs), sum(bill(usage, book).values())))
+        result.append(
+            Design(name, run_seconds(outcome, epochs), sum(bill(usage, book).values()))
+        )
     return result
+
 
 def side_by_side(
     found: list[Design],
-    epochs: int=2957,
+    epochs: int = 2957,
 ) -> Figure:
     "Time and money of each design."
     figure = sheet(8, 3.4, f"The default network on AWS, {epochs:,} epochs, by simulation")
     time, money = figure.subplots(1, 2, sharey=True)
-    colours = [GREY if d.name == "original" else GREEN if "resident" in d.name else BLUE for d in found]
-    for axis, values, say in ((time, [d.seconds / 60 for d in found], "{:,.0f} min"), (money, [d.dollars for d in found], "${:,.2f}")):
+    colours = [
+        GREY if d.name == "original" else GREEN if "resident" in d.name else BLUE
+        for d in found
+    ]
+    for axis, values, say in (
+        (time, [d.seconds / 60 for d in found], "{:,.0f} min"),
+        (money, [d.dollars for d in found], "${:,.2f}"),
+    ):
         axis.barh(range(len(found)), values, color=colours)
         axis.set_xscale("log")
-        for y, value in enumerate(values): axis.text(value * 1.15, y, say.format(value), va="center", fontsize=8, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-        axis.margins(x=.25)
-    time.plot([ORIGINAL_EPOCH * epochs / 60] * 2, [-.4, .4], color=INK, linewidth=2)
+        for y, value in enumerate(values):
+            axis.text(
+                value * 1.15,
+                y,
+                say.format(value),
+                va="center",
+                fontsize=8,
+                zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+        axis.margins(x=0.25)
+    time.plot([ORIGINAL_EPOCH * epochs / 60] * 2, [-0.4, 0.4], color=INK, linewidth=2)
     for granularity, (seconds, dollars) in AIMS.items():
         rows = [y for y, d in enumerate(found) if d.name.startswith(granularity)]
-        for axis, aim in ((time, seconds / 60), (money, dollars)): axis.plot([aim, aim], [rows[0] - .4, rows[-1] + .4], color=VERMILLION, linewidth=2)
+        for axis, aim in ((time, seconds / 60), (money, dollars)):
+            axis.plot(
+                [aim, aim], [rows[0] - 0.4, rows[-1] + 0.4], color=VERMILLION, linewidth=2
+            )
     time.set_yticks(range(len(found)), [d.name for d in found])
     time.invert_yaxis()
-    time.set_xlabel("minutes; black: measured in 2018, red: the aim"); money.set_xlabel("USD")
+    time.set_xlabel("minutes; black: measured in 2018, red: the aim")
+    money.set_xlabel("USD")
     return figure
 
 # %% ../../nbs/estimate/06_figures.ipynb #74496012
@@ -134,8 +201,8 @@ def numbers_of_residents(
     plan: Plan,
     book: Book,
     counts: tuple[int, ...],
-    epochs: int=2957,
-    messages: int=1500,  # of each that are simulated, about
+    epochs: int = 2957,
+    messages: int = 1500,  # of each that are simulated, about
 ) -> list[Design]:
     "What a run takes and costs with so many NeuronLambdas that stay; with 0, each message invokes one."
     found = []
@@ -143,59 +210,90 @@ def numbers_of_residents(
         chosen = with_residents(plan, count)
         outcome = simulate(chosen, on_aws(chosen, book), enough_epochs(plan, messages))
         usage = paid_for(chosen, outcome, epochs, run_work(chosen, epochs), book)
-        found.append(Design(str(count), run_seconds(outcome, epochs), sum(bill(usage, book).values())))
+        found.append(
+            Design(str(count), run_seconds(outcome, epochs), sum(bill(usage, book).values()))
+        )
     return found
+
 
 def by_residents(
     found: list[Design],
-    title: str="How many NeuronLambdas stay",
+    title: str = "How many NeuronLambdas stay",
 ) -> Figure:
     "Time and money over the number of functions that stay."
     figure = sheet(8, 2.6, title)
     time, money = figure.subplots(1, 2)
-    names = [design.name.replace("0", "none", 1) if design.name == "0" else design.name for design in found]
-    for axis, values, label, colour in ((time, [d.seconds / 60 for d in found], "minutes", BLUE), (money, [d.dollars for d in found], "USD", GREEN)):
+    names = [
+        design.name.replace("0", "none", 1) if design.name == "0" else design.name
+        for design in found
+    ]
+    for axis, values, label, colour in (
+        (time, [d.seconds / 60 for d in found], "minutes", BLUE),
+        (money, [d.dollars for d in found], "USD", GREEN),
+    ):
         axis.bar(names, values, color=[GREY if name == "none" else colour for name in names])
-        for x, value in enumerate(values): axis.text(x, value, f"{value:,.3g}", ha="center", va="bottom", fontsize=8)
-        axis.margins(y=.15)
-        axis.set_xlabel("NeuronLambdas that stay"); axis.set_ylabel(label)
+        for x, value in enumerate(values):
+            axis.text(x, value, f"{value:,.3g}", ha="center", va="bottom", fontsize=8)
+        axis.margins(y=0.15)
+        axis.set_xlabel("NeuronLambdas that stay")
+        axis.set_ylabel(label)
     return figure
 
 # %% ../../nbs/estimate/06_figures.ipynb #cfb242b4
 LARGE = {"sizes": (1200, 600, 199, 1), "images": 6400}  # 2,000 neurons, 100 mini-batches of 64
 
+
 class Growth(NamedTuple):
     "Two epochs of the large network: the first starts the functions, the second is as all that follow."
+
     name: str
     outcome: Outcome
 
     @property
-    def invocations(self) -> int: return sum(self.outcome.invocations.values()) // 2
+    def invocations(self) -> int:
+        return sum(self.outcome.invocations.values()) // 2
 
     @property
     def server(self) -> float:
         "Part of the time that the parameter server works."
         return self.outcome.busy / self.outcome.epochs[-1]
 
+
 def growth(
     book: Book,
-    granularities: tuple[str, ...]=("layer", "network"),  # neuron, too, takes the simulator some minutes: it has 400,900 messages
-    **large,                                               # sizes and images; those of LARGE, if not given
+    granularities: tuple[str, ...] = (
+        "layer",
+        "network",
+    ),  # neuron, too, takes the simulator some minutes: it has 400,900 messages
+    **large,  # sizes and images; those of LARGE, if not given
 ) -> list[Growth]:
     "The large network at each granularity."
     plan = lambda granularity: default_plan(granularity, **(LARGE | large))
-    return [Growth(granularity, simulate(plan(granularity), aws(book), 2)) for granularity in granularities]
+    return [
+        Growth(granularity, simulate(plan(granularity), aws(book), 2))
+        for granularity in granularities
+    ]
+
 
 def grown(found: list[Growth]) -> Figure:
     "Time of an epoch, functions at the same time, and the parameter server's part of the time."
-    figure = sheet(8, 2.4, "2,000 neurons, 100 mini-batches, at most 1,000 functions: an epoch")
+    figure = sheet(
+        8, 2.4, "2,000 neurons, 100 mini-batches, at most 1,000 functions: an epoch"
+    )
     axes = figure.subplots(1, 3, sharey=True)
-    panels = (("seconds", [g.outcome.per_epoch for g in found], BLUE), ("functions at the same time", [g.outcome.peak for g in found], SKY),
-              ("% of the time the server works", [100 * g.server for g in found], ORANGE))
+    panels = (
+        ("seconds", [g.outcome.per_epoch for g in found], BLUE),
+        ("functions at the same time", [g.outcome.peak for g in found], SKY),
+        ("% of the time the server works", [100 * g.server for g in found], ORANGE),
+    )
     for axis, (label, values, colour) in zip(axes, panels):
         axis.barh(range(len(found)), values, color=colour)
-        for y, value in enumerate(values): axis.text(value, y, f" {value:,.0f}", va="center", fontsize=8)
-        axis.margins(x=.25); axis.set_xlabel(label)
-    axes[0].set_yticks(range(len(found)), [f"{g.name}\n{g.invocations:,} invocations" for g in found])
+        for y, value in enumerate(values):
+            axis.text(value, y, f" {value:,.0f}", va="center", fontsize=8)
+        axis.margins(x=0.25)
+        axis.set_xlabel(label)
+    axes[0].set_yticks(
+        range(len(found)), [f"{g.name}\n{g.invocations:,} invocations" for g in found]
+    )
     axes[0].invert_yaxis()
     return figure

@@ -16,7 +16,16 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from ..cloud.messages import ALL, Message, Plan, after_epoch, after_layer, epoch_messages, invocations_per_epoch, trainer_messages
+from snn.cloud.messages import (
+    ALL,
+    Message,
+    Plan,
+    after_epoch,
+    after_layer,
+    epoch_messages,
+    invocations_per_epoch,
+    trainer_messages,
+)
 from ..cloud.prices import Book
 from ..cloud.residents import seat_counts
 from ..cloud.store import MASTER
@@ -26,94 +35,142 @@ from ..maths.parameters import InputError
 # %% ../../nbs/estimate/02_simulation.ipynb #07b40af8
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
 
+
 class Place(Struct, frozen=True):
     "Where a run is simulated."
-    times: dict[str, float]            # as in prices.json, latencies
-    transport: str = "invoke"          # each message starts a function; queue: this machine's workers; or resident: functions that stay
-    environments: dict[str, int] = {}  # at most, of each function; queue: the workers, under the name of any function; resident: the seats
-    concurrency: int = 1000            # executions at the same time, over all functions
-    scaling: float = 100.0             # new environments per second and function
-    back_off: bool = False             # does an event that finds no place come again later, as at Lambda? Else it waits in line
-    memory: dict[str, float] = {}      # MB of each function; none: each has a processor
-    cores: int = 0                     # processors that all share; 0: each function has its own share
-    ledger: bool = True                # is a copy of the ledger kept in DynamoDB?
-    costs: bool = True                 # are the mini-batches' costs?
-    threads: int = 16                  # with which a function sends
-    warm: bool = True                  # does a warm process remember what it has read?
-    images: bool = True                # are images read from the bucket once? Else they come from the parameter server, every time
+
+    times: dict[str, float]  # as in prices.json, latencies
+    transport: str = "invoke"  # each message starts a function; queue: this machine's workers; or resident: functions that stay
+    environments: dict[
+        str, int
+    ] = {}  # at most, of each function; queue: the workers, under the name of any function; resident: the seats
+    concurrency: int = 1000  # executions at the same time, over all functions
+    scaling: float = 100.0  # new environments per second and function
+    back_off: bool = False  # does an event that finds no place come again later, as at Lambda? Else it waits in line
+    memory: dict[str, float] = {}  # MB of each function; none: each has a processor
+    cores: int = 0  # processors that all share; 0: each function has its own share
+    ledger: bool = True  # is a copy of the ledger kept in DynamoDB?
+    costs: bool = True  # are the mini-batches' costs?
+    threads: int = 16  # with which a function sends
+    warm: bool = True  # does a warm process remember what it has read?
+    images: bool = True  # are images read from the bucket once? Else they come from the parameter server, every time
 
     def share(self, function: str) -> float:
         "Part of a processor that a function has. Its code runs on one at a time."
-        return min(1., self.memory.get(function, 1e9) / self.times["vcpu_memory"])
+        return min(1.0, self.memory.get(function, 1e9) / self.times["vcpu_memory"])
 
 # %% ../../nbs/estimate/02_simulation.ipynb #860fdd67
 def aws(
     book: Book,
-    end: str="value",         # of the numbers that have a range: value, low or high
+    end: str = "value",  # of the numbers that have a range: value, low or high
     **changes: float | None,  # other times
 ) -> Place:
     "AWS, as the templates deploy it, with the numbers of the file."
     times = {name: getattr(number, end) for name, number in book.latencies.items()}
     unknown = set(changes) - set(times)
-    if unknown: raise InputError(f"{unknown.pop()} is not one of {', '.join(times)}")
-    memory = dict(zip(FUNCTIONS, (book.setup[f"{name}_memory"].value for name in ("launch", "trainer", "neuron"))))
-    limits = {"environments": {name: round(book.quotas["concurrency"].value) for name in FUNCTIONS},
-              "concurrency": round(book.quotas["concurrency"].value), "scaling": book.quotas["scaling"].value}
+    if unknown:
+        raise InputError(f"{unknown.pop()} is not one of {', '.join(times)}")
+    memory = dict(
+        zip(
+            FUNCTIONS,
+            (book.setup[f"{name}_memory"].value for name in ("launch", "trainer", "neuron")),
+        )
+    )
+    limits = {
+        "environments": {name: round(book.quotas["concurrency"].value) for name in FUNCTIONS},
+        "concurrency": round(book.quotas["concurrency"].value),
+        "scaling": book.quotas["scaling"].value,
+    }
     return Place({**times, **changes}, memory=memory, back_off=True, **limits)
+
 
 def on_aws(
     plan: Plan,
     book: Book,
-    end: str="value",         # of the numbers that have a range: value, low or high
+    end: str = "value",  # of the numbers that have a range: value, low or high
     **changes: float | None,  # other times
 ) -> Place:
     "AWS as this run uses it: with functions that stay, if its parameters say so."
     place, stay = aws(book, end, **changes), seat_counts(plan)
-    return msgspec.structs.replace(place, transport="resident", environments=stay, ledger=False) if stay else place
+    return (
+        msgspec.structs.replace(place, transport="resident", environments=stay, ledger=False)
+        if stay
+        else place
+    )
 
 # %% ../../nbs/estimate/02_simulation.ipynb #a7dc22d3
 class Sums(NamedTuple):
     "What an invocation computes."
-    multiply_adds: int
-    bytes: int          # of operands
 
-    def __add__(self, other: "Sums") -> "Sums": return Sums(self[0] + other[0], self[1] + other[1])
+    multiply_adds: int
+    bytes: int  # of operands
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self[0] + other[0], self[1] + other[1])
+
 
 def _product(n: int, k: int, m: int, item: int) -> Sums:
     "A matrix product of (n, k) and (k, m)."
     return Sums(n * k * m, item * (n * k + k * m + n * m))
+
 
 def arithmetic(
     plan: Plan,
     message: Message,
 ) -> Sums:
     "What the invocation of a message computes."
-    p, item, m = plan.parameters, np.dtype(plan.parameters.dtype).itemsize, images_in(plan, message.batch)
+    p, item, m = (
+        plan.parameters,
+        np.dtype(plan.parameters.dtype).itemsize,
+        images_in(plan, message.batch),
+    )
     n_and_k = lambda layer: (p.sizes[layer - 1], inputs_of(plan, layer))
-    if message.function == "LaunchLambda" or message.direction == "start": return Sums(0, 0)
+    if message.function == "LaunchLambda" or message.direction == "start":
+        return Sums(0, 0)
     if message.direction == "network":
-        steps = [msgspec.structs.replace(message, function=f, direction=d, layer=l, first=0, count=p.sizes[l - 1])
-                 for l in range(1, p.layers + 1) for f in ("NeuronLambda", "TrainerLambda") for d in (("forward", "backward") if message.learn else ("forward",))]
+        steps = [
+            msgspec.structs.replace(
+                message, function=f, direction=d, layer=l, first=0, count=p.sizes[l - 1]
+            )
+            for l in range(1, p.layers + 1)
+            for f in ("NeuronLambda", "TrainerLambda")
+            for d in (("forward", "backward") if message.learn else ("forward",))
+        ]
         return sum((arithmetic(plan, step) for step in steps), Sums(0, 0))
     n, k = n_and_k(message.layer)
     if message.function == "TrainerLambda":
-        if message.direction == "forward": return Sums(0, 4 * item * n * m)
+        if message.direction == "forward":
+            return Sums(0, 4 * item * n * m)
         return _product(k, n, m, item) if message.layer > 1 else Sums(0, 0)
-    if message.direction == "forward": return _product(message.count, k, m, item)
-    return _product(message.count, m, k, item) + Sums(0, 8 * item * message.count * k * message.learn)
+    if message.direction == "forward":
+        return _product(message.count, k, m, item)
+    return _product(message.count, m, k, item) + Sums(
+        0, 8 * item * message.count * k * message.learn
+    )
 
 # %% ../../nbs/estimate/02_simulation.ipynb #e065291b
 def _simpy():
     "SimPy, which only the simulation needs."
-    try: import simpy
-    except ImportError: raise InputError("the simulation needs SimPy; pip install 'snn[estimate]' brings it") from None
+    try:
+        import simpy
+    except ImportError:
+        raise InputError(
+            "the simulation needs SimPy; pip install 'snn[estimate]' brings it"
+        ) from None
     return simpy
+
 
 class Clock:
     "What time is it, and how long does it take?"
+
     def __init__(self, plan: Plan, place: Place, seed: int):
         simpy = _simpy()
-        self.plan, self.place, self.times, self.random = plan, place, place.times, random.Random(seed)
+        self.plan, self.place, self.times, self.random = (
+            plan,
+            place,
+            place.times,
+            random.Random(seed),
+        )
         self.clock = simpy.Environment()
         self.cores = simpy.Resource(self.clock, place.cores) if place.cores else None
         self.thread = simpy.Resource(self.clock, 1)
@@ -129,7 +186,9 @@ class Clock:
 
     def compute(self, seconds: float, function: str) -> Iterator:
         "Work, so long on a whole processor."
-        if self.cores is None: yield self.clock.timeout(seconds / self.place.share(function)); return
+        if self.cores is None:
+            yield self.clock.timeout(seconds / self.place.share(function))
+            return
         with self.cores.request() as turn:
             yield turn
             yield self.clock.timeout(seconds)
@@ -137,22 +196,29 @@ class Clock:
 # %% ../../nbs/estimate/02_simulation.ipynb #af3679bb
 class Host:
     "An execution environment, or a worker on this machine, and what it remembers."
+
     def __init__(self, function: str):
         self.function, self.connected, self.fetched = function, False, False
-        self.known: dict[int, set] = {}                # things of an epoch that it has read
-        self.blocks: dict[int, set] = {}               # of weights that it has in that epoch
-        self.own: dict[str, set] = defaultdict(set)    # of weights that it has computed, by source
-        self.outbox: list[Message] = []                # leave with the next request
-        self.joins: list[tuple] = []                   # barriers that it joins with the next request, and what follows them
-        self.mine: list[Message] = []                  # messages that it has made due
-        self.next: deque[Message] = deque()            # messages that a worker has in hand
-        self.pending = 0                               # bytes that leave with the next request
+        self.known: dict[int, set] = {}  # things of an epoch that it has read
+        self.blocks: dict[int, set] = {}  # of weights that it has in that epoch
+        self.own: dict[str, set] = defaultdict(
+            set
+        )  # of weights that it has computed, by source
+        self.outbox: list[Message] = []  # leave with the next request
+        self.joins: list[
+            tuple
+        ] = []  # barriers that it joins with the next request, and what follows them
+        self.mine: list[Message] = []  # messages that it has made due
+        self.next: deque[Message] = deque()  # messages that a worker has in hand
+        self.pending = 0  # bytes that leave with the next request
 
     def epoch(self, number: int) -> None:
         "An epoch that it has not heard of; older ones are forgotten."
-        if number in self.known: return
+        if number in self.known:
+            return
         for memory in (self.known, self.blocks):
-            for old in [e for e in memory if e < number - 2]: del memory[old]
+            for old in [e for e in memory if e < number - 2]:
+                del memory[old]
             memory[number] = set()
 
     def recalls(self, epoch: int, thing) -> bool:
@@ -166,26 +232,45 @@ class Host:
         "Blocks whose weights it must read; with them those that it needed in the epoch before. See `unknown_weights`."
         self.epoch(message.epoch)
         have = self.blocks[message.epoch]
-        unknown = [block for block in wanted if block not in have and message.source and block not in self.own.get(message.source, ())]
+        unknown = [
+            block
+            for block in wanted
+            if block not in have
+            and message.source
+            and block not in self.own.get(message.source, ())
+        ]
         have.update(wanted)
-        before = self.blocks.get(message.epoch - 1, set()) - have - self.own.get(message.source, set()) if unknown else set()
+        before = (
+            self.blocks.get(message.epoch - 1, set())
+            - have
+            - self.own.get(message.source, set())
+            if unknown
+            else set()
+        )
         have.update(before)
         return unknown + sorted(before)
 
+
 class Server(Clock):
     "The parameter server, and what it was asked for."
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.free = self.busy = 0.
+        self.free = self.busy = 0.0
         self.requests = self.moved = 0
 
-    def request(self, host: Host, up: int=0, down: int=0, function: str="") -> Iterator:
+    def request(self, host: Host, up: int = 0, down: int = 0, function: str = "") -> Iterator:
         "One exchange; what waits in the host's outbox goes first."
         size, times, host.pending = host.pending + up + down, self.times, 0
-        self.requests += 1; self.moved += size
-        yield from self.compute(times["request"] + size * times["byte"], function or host.function)
-        if self.cores: yield from self._turn(times["command"] + size * times["byte"])
-        else: yield self.clock.timeout(self._answered(size) - self.clock.now)
+        self.requests += 1
+        self.moved += size
+        yield from self.compute(
+            times["request"] + size * times["byte"], function or host.function
+        )
+        if self.cores:
+            yield from self._turn(times["command"] + size * times["byte"])
+        else:
+            yield self.clock.timeout(self._answered(size) - self.clock.now)
         self.collect(host)
 
     def _turn(self, seconds: float) -> Iterator:
@@ -201,7 +286,9 @@ class Server(Clock):
         service = self.times["command"] + size / self.times["node_bandwidth"]
         self.free = max(self.free, self.clock.now + way / 2) + service
         self.busy += service
-        return max(self.free + way / 2, self.clock.now + way + size / self.times["function_bandwidth"])
+        return max(
+            self.free + way / 2, self.clock.now + way + size / self.times["function_bandwidth"]
+        )
 
     def collect(self, host: Host) -> None:
         "Take what a host had in its outbox."
@@ -209,19 +296,31 @@ class Server(Clock):
 # %% ../../nbs/estimate/02_simulation.ipynb #e50c6788
 class Pools(Server):
     "The execution environments of all functions."
+
     def __init__(self, *arguments):
         super().__init__(*arguments)
         count = lambda: {name: 0 for name in FUNCTIONS}
-        self.idle, self.line = {name: [] for name in FUNCTIONS}, {name: deque() for name in FUNCTIONS}
-        self.invocations, self.starts, self.seconds, self.init, self.next_start = count(), count(), count(), count(), count()
+        self.idle, self.line = (
+            {name: [] for name in FUNCTIONS},
+            {name: deque() for name in FUNCTIONS},
+        )
+        self.invocations, self.starts, self.seconds, self.init, self.next_start = (
+            count(),
+            count(),
+            count(),
+            count(),
+            count(),
+        )
         self.running = self.peak = self.throttles = 0
-        self.longest = 0.
+        self.longest = 0.0
 
-    def deliver(self, message: Message, accepted: float=0.) -> Iterator:
+    def deliver(self, message: Message, accepted: float = 0.0) -> Iterator:
         "An accepted message, until its function has ended."
-        if accepted: yield self.clock.timeout(accepted)
+        if accepted:
+            yield self.clock.timeout(accepted)
         yield from self.wait("deliver")
-        if self.random.random() < self.times["failure"]: yield self.clock.timeout(self.times["retry"])
+        if self.random.random() < self.times["failure"]:
+            yield self.clock.timeout(self.times["retry"])
         host = yield from self.host(message.function)
         began = self.clock.now
         yield from self.invocation(host, message)
@@ -229,16 +328,19 @@ class Pools(Server):
         self.longest = max(self.longest, self.clock.now - began)
         self.release(host)
 
-    def host(self, function: str) -> Iterator: # -> Host
+    def host(self, function: str) -> Iterator:  # -> Host
         "A free environment: a warm one, or a new one, or the next that is free."
-        if self.place.back_off: yield from self.come_again(function)
+        if self.place.back_off:
+            yield from self.come_again(function)
         if self.full(function):
             free = self.clock.event()
             self.line[function].append(free)
             yield free
-        else: self.running += 1
+        else:
+            self.running += 1
         self.peak = max(self.peak, self.running)
-        if self.idle[function]: return self.idle[function].pop()
+        if self.idle[function]:
+            return self.idle[function].pop()
         return (yield from self.cold(function))
 
     def full(self, function: str) -> bool:
@@ -257,8 +359,12 @@ class Pools(Server):
     def cold(self, function: str) -> Iterator:
         "A new environment, no faster than Lambda makes them."
         self.starts[function] += 1
-        self.next_start[function] = max(self.next_start[function] + 1 / self.place.scaling, self.clock.now)
-        yield self.clock.timeout(max(0, self.next_start[function] - self.clock.now - 10))  # the first thousand at once
+        self.next_start[function] = max(
+            self.next_start[function] + 1 / self.place.scaling, self.clock.now
+        )
+        yield self.clock.timeout(
+            max(0, self.next_start[function] - self.clock.now - 10)
+        )  # the first thousand at once
         yield from self.wait("placement")
         began = self.clock.now
         yield from self.wait("init")
@@ -269,18 +375,31 @@ class Pools(Server):
         "An environment is free; whoever waits for one of its kind, or for a place for another, has it."
         self.idle[host.function].append(host)
         for function in (host.function, *FUNCTIONS):
-            if self.line[function] and (self.idle[function] or self.starts[function] < self.place.environments[function]):
+            if self.line[function] and (
+                self.idle[function]
+                or self.starts[function] < self.place.environments[function]
+            ):
                 return self.line[function].popleft().succeed()
         self.running -= 1
 
     def send(self, host: Host, messages: list[Message]) -> Iterator:
         "Send messages; returns when all are accepted."
-        if self.place.transport == "queue": (host.next if len(messages) == 1 else host.outbox).extend(messages); return
-        if self.place.transport == "resident": host.outbox.extend(messages); yield from self.request(host); return
+        if self.place.transport == "queue":
+            (host.next if len(messages) == 1 else host.outbox).extend(messages)
+            return
+        if self.place.transport == "resident":
+            host.outbox.extend(messages)
+            yield from self.request(host)
+            return
         work, ends = self.times["api_call"] / self.place.share(host.function), []
-        if self.cores: yield from self.compute(work * len(messages), host.function); work = 0
+        if self.cores:
+            yield from self.compute(work * len(messages), host.function)
+            work = 0
         for k, message in enumerate(messages):
-            begun = max((k + 1) * work, ends[k - self.place.threads] + work if k >= self.place.threads else 0)
+            begun = max(
+                (k + 1) * work,
+                ends[k - self.place.threads] + work if k >= self.place.threads else 0,
+            )
             ends.append(begun + self.times["invoke"] * self.spread())
             self.clock.process(self.deliver(message, ends[-1]))
         yield self.clock.timeout(max(ends))
@@ -288,31 +407,38 @@ class Pools(Server):
 # %% ../../nbs/estimate/02_simulation.ipynb #66ac6fbc
 class Outcome(NamedTuple):
     "What a simulated run has used."
-    epochs: list[float]            # when each ended, in seconds
-    invocations: dict[str, int]    # by function
-    seconds: dict[str, float]      # that the functions ran, by function
-    init: dict[str, float]         # seconds of INIT, by function
-    starts: dict[str, int]         # environments that were started
-    peak: int                      # executions at the same time
-    requests: int                  # to the parameter server
-    bytes: int                     # to and from it
-    busy: float                    # seconds that the parameter server worked
-    longest: float                 # invocation, in seconds
-    throttles: int = 0             # events that found no place and came again
+
+    epochs: list[float]  # when each ended, in seconds
+    invocations: dict[str, int]  # by function
+    seconds: dict[str, float]  # that the functions ran, by function
+    init: dict[str, float]  # seconds of INIT, by function
+    starts: dict[str, int]  # environments that were started
+    peak: int  # executions at the same time
+    requests: int  # to the parameter server
+    bytes: int  # to and from it
+    busy: float  # seconds that the parameter server worked
+    longest: float  # invocation, in seconds
+    throttles: int = 0  # events that found no place and came again
 
     @property
     def per_epoch(self) -> float:
         "Seconds per epoch, without the first, in which everything starts."
-        return self.epochs[0] if len(self.epochs) == 1 else (self.epochs[-1] - self.epochs[0]) / (len(self.epochs) - 1)
+        return (
+            self.epochs[0]
+            if len(self.epochs) == 1
+            else (self.epochs[-1] - self.epochs[0]) / (len(self.epochs) - 1)
+        )
 
 # %% ../../nbs/estimate/02_simulation.ipynb #5726a46d
 class World(Pools):
     "A place, and a run in it."
-    def __init__(self,
+
+    def __init__(
+        self,
         plan: Plan,
         place: Place,
-        epochs: int=4,   # that are simulated
-        seed: int=0,
+        epochs: int = 4,  # that are simulated
+        seed: int = 0,
     ):
         super().__init__(plan, place, seed)
         self.epochs, self.ends, self.done = epochs, [], self.clock.event()
@@ -323,21 +449,40 @@ class World(Pools):
     def run(self) -> Outcome:
         "Play the run."
         first = epoch_messages(self.plan, 0, "", 1)
-        {"invoke": self.begin_functions, "queue": self.begin_workers, "resident": self.begin_residents}[self.place.transport](first)
+        {
+            "invoke": self.begin_functions,
+            "queue": self.begin_workers,
+            "resident": self.begin_residents,
+        }[self.place.transport](first)
         self.clock.run(self.done)
-        return Outcome(self.ends, self.invocations, self.seconds, self.init, self.starts, self.peak, self.requests, self.moved, self.busy, self.longest, self.throttles)
+        return Outcome(
+            self.ends,
+            self.invocations,
+            self.seconds,
+            self.init,
+            self.starts,
+            self.peak,
+            self.requests,
+            self.moved,
+            self.busy,
+            self.longest,
+            self.throttles,
+        )
 
     def begin_functions(self, first: list[Message]) -> None:
-        for message in first: self.clock.process(self.deliver(message))
+        for message in first:
+            self.clock.process(self.deliver(message))
 
     def begin_workers(self, first: list[Message]) -> None:
         self.queues[""].extend(first)
-        for _ in range(max(self.place.environments.values())): self.clock.process(self.work(Host("")))
+        for _ in range(max(self.place.environments.values())):
+            self.clock.process(self.work(Host("")))
 
     def begin_residents(self, first: list[Message]) -> None:
         self.queues[first[0].function].extend(first)
         for function, count in self.place.environments.items():
-            for _ in range(count): self.clock.process(self.arrive(function))
+            for _ in range(count):
+                self.clock.process(self.arrive(function))
 
     def arrive(self, function: str) -> Iterator:
         "A function that is to stay starts."
@@ -355,22 +500,34 @@ class World(Pools):
         "Bytes of arrays."
         return sum(bytes_of(self.plan, message.batch, name) for name in names)
 
-    def record(self, host: Host, cost: bool=False) -> Iterator:
+    def record(self, host: Host, cost: bool = False) -> Iterator:
         "A write into DynamoDB: that an invocation has begun or ended, or a mini-batch's cost."
-        if not (self.place.costs if cost else self.place.ledger): return
+        if not (self.place.costs if cost else self.place.ledger):
+            return
         yield from self.compute(self.times["api_call"], host.function)
         yield from self.wait("dynamodb")
 
     def invocation(self, host: Host, message: Message) -> Iterator:
         "What a handler does with a message."
         self.invocations[message.function] += 1
-        if not host.connected: host.connected = True; yield from self.wait("connect")
+        if not host.connected:
+            host.connected = True
+            yield from self.wait("connect")
         around = 0 if self.place.transport == "resident" else self.times["overhead"]
-        yield from self.compute(around + self.times["handler"] + self.times["tell"], host.function)
+        yield from self.compute(
+            around + self.times["handler"] + self.times["tell"], host.function
+        )
         yield from self.record(host)
         unknown = self.unknown(host, message)
-        if unknown: yield from self.request(host, down=unknown)  # who has all it needs is counted at its end
-        yield from {"NeuronLambda": self.neuron, "TrainerLambda": self.trainer, "LaunchLambda": self.launch}[message.function](host, message)
+        if unknown:
+            yield from self.request(
+                host, down=unknown
+            )  # who has all it needs is counted at its end
+        yield from {
+            "NeuronLambda": self.neuron,
+            "TrainerLambda": self.trainer,
+            "LaunchLambda": self.launch,
+        }[message.function](host, message)
 
     def unknown(self, host: Host, message: Message) -> int:
         "Bytes that a host must read to begin: arrays of the epoch, and weights."
@@ -378,74 +535,128 @@ class World(Pools):
         arrays = [name for name in step.asked if not name.startswith("g")]
         weights = [] if message.function == "LaunchLambda" else step.weights
         if self.place.warm:
-            arrays = [name for name in arrays if not host.recalls(message.epoch, (message.batch, name))]
+            arrays = [
+                name
+                for name in arrays
+                if not host.recalls(message.epoch, (message.batch, name))
+            ]
             weights = host.lacks(message, weights)
-        return self.size(message, [*arrays, *(f"w{layer}/{first}" for layer, first in weights)])
+        return self.size(
+            message, [*arrays, *(f"w{layer}/{first}" for layer, first in weights)]
+        )
 
     def sums(self, host: Host, message: Message) -> Iterator:
         "The arithmetic."
         sums = arithmetic(self.plan, message)
-        yield from self.compute(sums.multiply_adds * self.times["multiply_add"] + sums.bytes * self.times["touch"], host.function)
+        yield from self.compute(
+            sums.multiply_adds * self.times["multiply_add"] + sums.bytes * self.times["touch"],
+            host.function,
+        )
 
     def images(self, host: Host, message: Message) -> Iterator:
         "Have the mini-batch's images at hand."
-        if message.layer > 1: return
+        if message.layer > 1:
+            return
         size = images_in(self.plan, message.batch) * self.plan.inputs * self.item
-        if not self.place.images: yield from self.request(host, down=size); return
+        if not self.place.images:
+            yield from self.request(host, down=size)
+            return
         if not host.fetched:
             host.fetched = True
             yield from self.wait("s3")
-            yield self.clock.timeout(self.plan.images * self.plan.inputs / self.times["function_bandwidth"])
-        if not host.recalls(message.epoch, (message.batch, "A0")): yield from self.compute(8 * size * self.times["touch"], host.function)  # chosen, converted, divided
+            yield self.clock.timeout(
+                self.plan.images * self.plan.inputs / self.times["function_bandwidth"]
+            )
+        if not host.recalls(message.epoch, (message.batch, "A0")):
+            yield from self.compute(
+                8 * size * self.times["touch"], host.function
+            )  # chosen, converted, divided
 
-    def leads(self, host: Host, message: Message) -> Iterator: # -> bool
+    def leads(self, host: Host, message: Message) -> Iterator:  # -> bool
         "Is the mini-batch's gradient still needed? The parameter server knows who leads."
-        if self.plan.parameters.aggregation == "mean": return True
+        if self.plan.parameters.aggregation == "mean":
+            return True
         yield from self.request(host)
-        lowest = self.lowest.get(message.epoch, 2.)
+        lowest = self.lowest.get(message.epoch, 2.0)
         self.lowest[message.epoch] = min(lowest, self.price(message))
         return self.price(message) <= lowest
 
-    def join(self, host: Host, barrier: tuple, members: int, up: int, following: Message) -> Iterator:
+    def join(
+        self, host: Host, barrier: tuple, members: int, up: int, following: Message
+    ) -> Iterator:
         "Join a barrier; the last to come sends what follows. A worker's joins leave with its next request."
         host.pending += up
-        if self.place.transport == "queue" and members == 1: host.next.append(following); return
+        if self.place.transport == "queue" and members == 1:
+            host.next.append(following)
+            return
         host.joins.append((barrier, members, following))
-        if self.place.transport == "queue": return
+        if self.place.transport == "queue":
+            return
         yield from self.request(host)
         sent, host.mine = host.mine, []
-        if sent: yield from self.send(host, sent)
+        if sent:
+            yield from self.send(host, sent)
 
     def neuron(self, host: Host, message: Message) -> Iterator:
         "NeuronLambda."
         whole = message.direction == "network"
         yield from self.images(host, message)
-        if whole: message = msgspec.structs.replace(message, learn=(yield from self.leads(host, message)))
+        if whole:
+            message = msgspec.structs.replace(
+                message, learn=(yield from self.leads(host, message))
+            )
         yield from self.sums(host, message)
-        if whole and message.learn: message = msgspec.structs.replace(message, learn=(yield from self.leads(host, message)))
+        if whole and message.learn:
+            message = msgspec.structs.replace(
+                message, learn=(yield from self.leads(host, message))
+            )
         step = step_of(self.plan, message)
-        for known in step.left: host.recalls(message.epoch, (message.batch, known))
-        if step.kept: host.own[f"{message.epoch}/{message.batch}"].update(step.weights)
+        for known in step.left:
+            host.recalls(message.epoch, (message.batch, known))
+        if step.kept:
+            host.own[f"{message.epoch}/{message.batch}"].update(step.weights)
         up, members = self.size(message, step.left + step.kept), self.members(message)
-        if whole: yield from self.meet(host, message, up)
-        else: yield from self.join(host, (message.epoch, message.batch, message.direction, message.layer), members, up, after_layer(message))
-        if whole: host.pending += 1
+        if whole:
+            yield from self.meet(host, message, up)
+        else:
+            yield from self.join(
+                host,
+                (message.epoch, message.batch, message.direction, message.layer),
+                members,
+                up,
+                after_layer(message),
+            )
+        if whole:
+            host.pending += 1
         yield from self.record(host)
         yield from self.flush(host)
 
     def members(self, message: Message) -> int:
         "Blocks of the layer."
-        return self.plan.parameters.sizes[message.layer - 1] if self.plan.parameters.granularity == "neuron" else 1
+        return (
+            self.plan.parameters.sizes[message.layer - 1]
+            if self.plan.parameters.granularity == "neuron"
+            else 1
+        )
 
     def trainer(self, host: Host, message: Message) -> Iterator:
         "TrainerLambda."
         yield from self.sums(host, message)
         step = step_of(self.plan, message)
-        for known in step.left: host.recalls(message.epoch, (message.batch, known))
-        if message.direction == "backward" and message.layer == 1: yield from self.meet(host, message, self.size(message, step.left))
+        for known in step.left:
+            host.recalls(message.epoch, (message.batch, known))
+        if message.direction == "backward" and message.layer == 1:
+            yield from self.meet(host, message, self.size(message, step.left))
         else:
-            turning = message.direction == "forward" and message.layer == self.plan.parameters.layers
-            asks = turning or message.learn and message.direction == "backward" and message.layer == 2
+            turning = (
+                message.direction == "forward" and message.layer == self.plan.parameters.layers
+            )
+            asks = (
+                turning
+                or message.learn
+                and message.direction == "backward"
+                and message.layer == 2
+            )
             learn = (yield from self.leads(host, message)) if asks else message.learn
             host.pending += self.size(message, step.left)
             yield from self.flush(host)
@@ -457,23 +668,37 @@ class World(Pools):
     def meet(self, host: Host, message: Message, up: int) -> Iterator:
         "The epoch's barrier."
         yield from self.record(host, cost=True)
-        yield from self.join(host, (message.epoch, ALL), self.plan.batches, up, after_epoch(message))
+        yield from self.join(
+            host, (message.epoch, ALL), self.plan.batches, up, after_epoch(message)
+        )
 
     def flush(self, host: Host) -> Iterator:
         "Before Lambda is spoken to, and before it may freeze the process, what waits must leave. A worker's leaves with its next request."
-        if self.place.transport == "invoke" and host.pending: yield from self.request(host)
+        if self.place.transport == "invoke" and host.pending:
+            yield from self.request(host)
 
     def launch(self, host: Host, message: Message) -> Iterator:
         "LaunchLambda, at the end of an epoch."
-        step, winner = step_of(self.plan, message), min(range(self.plan.batches), key=lambda batch: self.prices.get((message.epoch, batch), 1.))
-        if step.kept: yield from self.average(host, message)
+        step, winner = (
+            step_of(self.plan, message),
+            min(
+                range(self.plan.batches),
+                key=lambda batch: self.prices.get((message.epoch, batch), 1.0),
+            ),
+        )
+        if step.kept:
+            yield from self.average(host, message)
         yield from self.request(host)  # the run's status
         source = f"{message.epoch}/{MASTER if step.kept else winner}"
         host.pending += self.size(message, step.kept) + 300
         yield from self.flush(host)
         self.ends.append(self.clock.now)
-        if len(self.ends) == self.epochs: self.done.succeed(); return
-        yield from self.send(host, epoch_messages(self.plan, message.epoch + 1, source, message.hop + 1))
+        if len(self.ends) == self.epochs:
+            self.done.succeed()
+            return
+        yield from self.send(
+            host, epoch_messages(self.plan, message.epoch + 1, source, message.hop + 1)
+        )
         host.pending += 1
         yield from self.record(host)
         yield from self.flush(host)
@@ -483,26 +708,42 @@ class World(Pools):
         blocks = step_of(self.plan, message).weights
         gradients = self.size(message, [f"g{layer}/{first}" for layer, first in blocks])
         lacking = host.lacks(message, blocks)
-        if lacking: yield from self.request(host, down=self.size(message, [f"w{layer}/{first}" for layer, first in lacking]))
-        for _ in range(self.plan.batches): yield from self.request(host, down=gradients)
-        yield from self.compute((2 * self.plan.batches + 4) * gradients * self.times["touch"], host.function)
+        if lacking:
+            yield from self.request(
+                host,
+                down=self.size(message, [f"w{layer}/{first}" for layer, first in lacking]),
+            )
+        for _ in range(self.plan.batches):
+            yield from self.request(host, down=gradients)
+        yield from self.compute(
+            (2 * self.plan.batches + 4) * gradients * self.times["touch"], host.function
+        )
 
-    def work(self, host: Host, function: str="") -> Iterator:
+    def work(self, host: Host, function: str = "") -> Iterator:
         "A worker, or a function that stays: takes what it has made due, or its share of the queue, again and again."
         queue, sleepers = self.queues[function], self.sleepers[function]
-        many = self.place.environments[function] if function else max(self.place.environments.values())
+        many = (
+            self.place.environments[function]
+            if function
+            else max(self.place.environments.values())
+        )
         while True:
             taken = [host.next.popleft()] if host.next else []
             if not taken:
                 yield from self.request(host)
                 taken, host.mine = host.mine, []
-            if not taken: taken = [queue.popleft() for _ in range(min(max(1, len(queue) // many), 64, len(queue)))]
+            if not taken:
+                taken = [
+                    queue.popleft()
+                    for _ in range(min(max(1, len(queue) // many), 64, len(queue)))
+                ]
             if not taken:
                 called = self.clock.event()
                 sleepers.append(called)
                 taken = [(yield called)]
                 yield from self.request(host)
-            self.running += 1; self.peak = max(self.peak, self.running)
+            self.running += 1
+            self.peak = max(self.peak, self.running)
             for message in taken:
                 began = self.clock.now
                 host.function = message.function
@@ -514,26 +755,31 @@ class World(Pools):
         "What waited in a host arrives: messages enter the queue, barriers are joined; whoever sleeps is called."
         for barrier, members, following in host.joins:
             self.joined[barrier] += 1
-            if self.joined[barrier] == members: host.mine.append(following)
+            if self.joined[barrier] == members:
+                host.mine.append(following)
         for message in host.outbox:
             where = message.function if self.place.transport == "resident" else ""
-            if self.sleepers[where]: self.sleepers[where].popleft().succeed(message)
-            else: self.queues[where].append(message)
-        host.joins.clear(); host.outbox.clear()
+            if self.sleepers[where]:
+                self.sleepers[where].popleft().succeed(message)
+            else:
+                self.queues[where].append(message)
+        host.joins.clear()
+        host.outbox.clear()
 
 # %% ../../nbs/estimate/02_simulation.ipynb #91471d00
 def enough_epochs(
     plan: Plan,
-    messages: int=1000,  # that are to be simulated, about
+    messages: int = 1000,  # that are to be simulated, about
 ) -> int:
     "How many epochs to simulate."
     return max(3, min(100, messages // invocations_per_epoch(plan)))
 
+
 def simulate(
     plan: Plan,
     place: Place,
-    epochs: int=4,  # the time per epoch is that of those after the first
-    seed: int=0,
+    epochs: int = 4,  # the time per epoch is that of those after the first
+    seed: int = 0,
 ) -> Outcome:
     "Play a run's first epochs."
     return World(plan, place, epochs, seed).run()

@@ -15,7 +15,15 @@ import msgspec
 import numpy as np
 from msgspec import Struct, field
 
-from ..cloud.messages import Message, Plan, after_epoch, after_layer, blocks, epoch_messages, trainer_messages
+from snn.cloud.messages import (
+    Message,
+    Plan,
+    after_epoch,
+    after_layer,
+    blocks,
+    epoch_messages,
+    trainer_messages,
+)
 from ..cloud.store import size_of
 from ..handlers import launch, neuron, trainer
 from ..maths.network import MOMENTS
@@ -29,6 +37,7 @@ def images_in(
     "Images in a mini-batch; the last takes what is left."
     return min(plan.parameters.batch_size, plan.images - batch * plan.parameters.batch_size)
 
+
 def block_size(
     plan: Plan,
     layer: int,
@@ -36,6 +45,7 @@ def block_size(
 ) -> int:
     "Neurons in the block that begins with `first`."
     return 1 if plan.parameters.granularity == "neuron" else plan.parameters.sizes[layer - 1]
+
 
 def inputs_of(
     plan: Plan,
@@ -51,14 +61,18 @@ def shapes(
     name: str,  # of an array on the parameter server, as the handlers call it
 ) -> list[tuple[int, ...]]:
     "The shapes that stand behind a name."
-    if name.startswith("cost"): return [()]
+    if name.startswith("cost"):
+        return [()]
     kind, where = name.rstrip("0123456789/"), name.lstrip("abcdefghijklmnopqrstuvwxyzA")
     layer, _, first = where.partition("/")
-    if kind in ("A", "dA"): return [(plan.parameters.sizes[int(layer) - 1], images_in(plan, batch))]
+    if kind in ("A", "dA"):
+        return [(plan.parameters.sizes[int(layer) - 1], images_in(plan, batch))]
     n = block_size(plan, int(layer), int(first))
-    if kind in ("a", "dz"): return [(n, images_in(plan, batch))]
+    if kind in ("a", "dz"):
+        return [(n, images_in(plan, batch))]
     pair = [(n, inputs_of(plan, int(layer))), (n, 1)]
     return pair if kind == "g" else pair * (1 + MOMENTS[plan.parameters.optimizer.name])
+
 
 def bytes_of(
     plan: Plan,
@@ -72,18 +86,30 @@ def bytes_of(
 # %% ../../nbs/estimate/01_work.ipynb #1b638303
 class Step(NamedTuple):
     "What one invocation reads and leaves."
-    asked: list[str]               # arrays of its epoch
-    left: list[str]                # arrays for other steps of its epoch
-    weights: list[tuple[int, int]] # blocks of weights that it needs, by layer and first neuron
-    kept: list[str]                # weights for the next epoch
-    costs: int = 0                 # entries in the Costs table
+
+    asked: list[str]  # arrays of its epoch
+    left: list[str]  # arrays for other steps of its epoch
+    weights: list[
+        tuple[int, int]
+    ]  # blocks of weights that it needs, by layer and first neuron
+    kept: list[str]  # weights for the next epoch
+    costs: int = 0  # entries in the Costs table
+
 
 def _every_block(plan: Plan) -> list[tuple[int, int]]:
-    return [(layer, first) for layer in range(1, plan.parameters.layers + 1) for first, _ in blocks(plan.parameters, layer)]
+    return [
+        (layer, first)
+        for layer in range(1, plan.parameters.layers + 1)
+        for first, _ in blocks(plan.parameters, layer)
+    ]
 
-def _after_step(plan: Plan, message: Message, where: list[tuple[int, int]]) -> tuple[list[str], list[str]]:
+
+def _after_step(
+    plan: Plan, message: Message, where: list[tuple[int, int]]
+) -> tuple[list[str], list[str]]:
     "What is left of a block's step for others of the epoch, and for the next epoch."
-    if plan.parameters.aggregation == "mean": return [f"g{l}/{first}" for l, first in where], []
+    if plan.parameters.aggregation == "mean":
+        return [f"g{l}/{first}" for l, first in where], []
     return [], [f"w{l}/{first}" for l, first in where] if message.learn else []
 
 # %% ../../nbs/estimate/01_work.ipynb #7b5f7a6a
@@ -91,27 +117,55 @@ def _neuron_step(plan: Plan, message: Message) -> Step:
     layer, first = message.layer, message.first
     if message.direction == "network":
         slopes, kept = _after_step(plan, message, _every_block(plan))
-        return Step(neuron.needs(message), ["cost", *slopes, f"cost/{message.batch}"], _every_block(plan), kept, 1)
-    if message.direction == "forward": return Step(neuron.needs(message), [f"a{layer}/{first}"], [(layer, first)], [])
+        return Step(
+            neuron.needs(message),
+            ["cost", *slopes, f"cost/{message.batch}"],
+            _every_block(plan),
+            kept,
+            1,
+        )
+    if message.direction == "forward":
+        return Step(neuron.needs(message), [f"a{layer}/{first}"], [(layer, first)], [])
     slopes, kept = _after_step(plan, message, [(layer, first)])
     return Step(neuron.needs(message), [f"dz{layer}/{first}", *slopes], [(layer, first)], kept)
 
+
 def _trainer_step(plan: Plan, message: Message) -> Step:
     layer, needs = message.layer, trainer.needs(plan, message)
-    if message.direction == "start": return Step(needs, [], [], [])
+    if message.direction == "start":
+        return Step(needs, [], [], [])
     if message.direction == "forward":
         last = ["cost", f"dA{layer}"] if layer == plan.parameters.layers else []
         return Step(needs, [f"A{layer}", *last], [], [])
-    if layer == 1: return Step(needs, [f"cost/{message.batch}"], [], [], 1)
-    return Step(needs, [f"dA{layer - 1}"], [block[:2] for block in trainer.needed_blocks(plan, message)], [])
+    if layer == 1:
+        return Step(needs, [f"cost/{message.batch}"], [], [], 1)
+    return Step(
+        needs,
+        [f"dA{layer - 1}"],
+        [block[:2] for block in trainer.needed_blocks(plan, message)],
+        [],
+    )
+
 
 def _launch_step(plan: Plan, message: Message) -> Step:
-    if message.direction == "start": return Step([], [], [], [])
+    if message.direction == "start":
+        return Step([], [], [], [])
     mean = _every_block(plan) if plan.parameters.aggregation == "mean" else []
-    return Step([f"cost/{batch}" for batch in range(plan.batches)] + [f"g{l}/{first}" for _ in range(plan.batches) for l, first in mean], [], mean,
-                [f"w{l}/{first}" for l, first in mean])
+    return Step(
+        [f"cost/{batch}" for batch in range(plan.batches)]
+        + [f"g{l}/{first}" for _ in range(plan.batches) for l, first in mean],
+        [],
+        mean,
+        [f"w{l}/{first}" for l, first in mean],
+    )
 
-STEPS = {"NeuronLambda": _neuron_step, "TrainerLambda": _trainer_step, "LaunchLambda": _launch_step}
+
+STEPS = {
+    "NeuronLambda": _neuron_step,
+    "TrainerLambda": _trainer_step,
+    "LaunchLambda": _launch_step,
+}
+
 
 def step_of(
     plan: Plan,
@@ -136,25 +190,37 @@ def batch_messages(
 # %% ../../nbs/estimate/01_work.ipynb #6697d468
 class Work(Struct):
     "Counts, of an epoch or of a run."
+
     invocations: dict[str, int] = field(default_factory=dict)  # by function
     messages: int = 0
-    stored: int = 0             # bytes
-    asked: int = 0              # bytes
-    writes: int = 0             # into the ledger
-    costs: int = 0              # of them, into the Costs table
+    stored: int = 0  # bytes
+    asked: int = 0  # bytes
+    writes: int = 0  # into the ledger
+    costs: int = 0  # of them, into the Costs table
     weights: tuple[int, int] = (0, 0)  # bytes of weights stored, the least and the most
 
-    def __add__(self, other: "Work") -> "Work": return self.combined(other, 1)
+    def __add__(self, other: "Work") -> "Work":
+        return self.combined(other, 1)
 
     def combined(self, other: "Work", times: int) -> "Work":
         "This and so many times the other."
         functions = {**self.invocations, **other.invocations}
         total = lambda name: getattr(self, name) + times * getattr(other, name)
-        return Work({f: self.invocations.get(f, 0) + times * other.invocations.get(f, 0) for f in functions},
-                    total("messages"), total("stored"), total("asked"), total("writes"), total("costs"),
-                    tuple(a + times * b for a, b in zip(self.weights, other.weights)))
+        return Work(
+            {
+                f: self.invocations.get(f, 0) + times * other.invocations.get(f, 0)
+                for f in functions
+            },
+            total("messages"),
+            total("stored"),
+            total("asked"),
+            total("writes"),
+            total("costs"),
+            tuple(a + times * b for a, b in zip(self.weights, other.weights)),
+        )
 
-def _count(plan: Plan, messages: list[Message], sent: bool=True) -> Work:
+
+def _count(plan: Plan, messages: list[Message], sent: bool = True) -> Work:
     "What these messages' invocations do."
     work = Work(messages=len(messages) if sent else 0)
     for message in messages:
@@ -162,7 +228,10 @@ def _count(plan: Plan, messages: list[Message], sent: bool=True) -> Work:
         work.invocations[message.function] = work.invocations.get(message.function, 0) + 1
         work.asked += sum(bytes_of(plan, message.batch, name) for name in step.asked)
         work.stored += sum(bytes_of(plan, message.batch, name) for name in step.left)
-        work.weights = (0, work.weights[1] + sum(bytes_of(plan, message.batch, name) for name in step.kept))
+        work.weights = (
+            0,
+            work.weights[1] + sum(bytes_of(plan, message.batch, name) for name in step.kept),
+        )
         work.costs += step.costs
         work.writes += (0 if plan.parameters.residents else 2) + step.costs
     return work
@@ -173,11 +242,17 @@ def epoch_work(plan: Plan) -> Work:
     starts = epoch_messages(plan, 0, "", 0)
     work = _count(plan, [after_epoch(starts[0])])
     alike: dict[int, list[Message]] = {}
-    for start in starts: alike.setdefault(images_in(plan, start.batch), []).append(start)
-    for same in alike.values(): work = work.combined(_count(plan, list(batch_messages(plan, same[0]))), len(same))
+    for start in starts:
+        alike.setdefault(images_in(plan, start.batch), []).append(start)
+    for same in alike.values():
+        work = work.combined(_count(plan, list(batch_messages(plan, same[0]))), len(same))
     most = work.weights[1]
-    work.weights = (most // plan.batches if plan.parameters.aggregation == "best" else most, most)
+    work.weights = (
+        most // plan.batches if plan.parameters.aggregation == "best" else most,
+        most,
+    )
     return work
+
 
 def run_work(
     plan: Plan,

@@ -27,12 +27,14 @@ def folder(
     "Where a run's checkpoints are."
     return f"training_checkpoints/{plan.name}"
 
+
 def leave_plan(
     plan: Plan,
     services: Services,
 ) -> None:
     "Leave the plan in the bucket: from now on the run can be taken up."
     services.bucket(plan.bucket).put(f"{folder(plan)}/plan.json", msgspec.json.encode(plan))
+
 
 def has_plan(
     plan: Plan,
@@ -44,16 +46,26 @@ def has_plan(
 # %% ../../nbs/handlers/04_checkpoint.ipynb #c0108e95
 def pack(
     status: Status,
-    costs: list[float],   # of all epochs so far
+    costs: list[float],  # of all epochs so far
     layers: list[Layer],  # newest weights
-    best: list[Layer],    # weights of the best epoch, where `patience` keeps them
+    best: list[Layer],  # weights of the best epoch, where `patience` keeps them
 ) -> bytes:
     "A checkpoint's content."
-    arrays = {f"{name}/{l}/{i}": array for name, network in (("now", layers), ("best", best))
-              for l, layer in enumerate(network) for i, array in enumerate(layer)}
+    arrays = {
+        f"{name}/{l}/{i}": array
+        for name, network in (("now", layers), ("best", best))
+        for l, layer in enumerate(network)
+        for i, array in enumerate(layer)
+    }
     file = BytesIO()
-    np.savez(file, status=np.frombuffer(msgspec.json.encode(status), np.uint8), costs=np.array(costs), **arrays)
+    np.savez(
+        file,
+        status=np.frombuffer(msgspec.json.encode(status), np.uint8),
+        costs=np.array(costs),
+        **arrays,
+    )
     return file.getvalue()
+
 
 def unpack(
     content: bytes,  # from `pack`
@@ -61,8 +73,15 @@ def unpack(
     "What a checkpoint holds."
     with np.load(BytesIO(content), allow_pickle=False) as file:
         status = msgspec.json.decode(file["status"].tobytes(), type=Status)
-        layer = lambda name, l: tuple(file[key] for key in file.files if key.startswith(f"{name}/{l}/"))
-        network = lambda name: [layer(name, l) for l in range(len({key.split("/")[1] for key in file.files if key.startswith(name + "/")}))]
+        layer = lambda name, l: tuple(
+            file[key] for key in file.files if key.startswith(f"{name}/{l}/")
+        )
+        network = lambda name: [
+            layer(name, l)
+            for l in range(
+                len({key.split("/")[1] for key in file.files if key.startswith(name + "/")})
+            )
+        ]
         return status, file["costs"].tolist(), network("now"), network("best")
 
 # %% ../../nbs/handlers/04_checkpoint.ipynb #0cce078b
@@ -73,21 +92,35 @@ def save_if_due(
 ) -> None:
     "Every `checkpoint_every` epochs, leave a checkpoint in the bucket."
     every = plan.parameters.checkpoint_every
-    if not every or (status.epoch + 1) % every: return
+    if not every or (status.epoch + 1) % every:
+        return
     kept = range(1, plan.parameters.layers + 1) if status.best_epoch >= 0 else []
-    best = [decode(value) for value in services.store.read(plan.run, BEST, 0, [f"w{l}/0" for l in kept])] if kept else []
-    costs = [*services.runs.costs(plan.run)[:status.epoch], status.cost]
-    content = pack(status, costs, network_at(plan, status.epoch + 1, status.source, services), best)
+    best = (
+        [
+            decode(value)
+            for value in services.store.read(plan.run, BEST, 0, [f"w{l}/0" for l in kept])
+        ]
+        if kept
+        else []
+    )
+    costs = [*services.runs.costs(plan.run)[: status.epoch], status.cost]
+    content = pack(
+        status, costs, network_at(plan, status.epoch + 1, status.source, services), best
+    )
     services.bucket(plan.bucket).put(f"{folder(plan)}/{status.epoch:08}.npz", content)
 
 # %% ../../nbs/handlers/04_checkpoint.ipynb #b8c25ffe
 def newest(
     bucket: Bucket,
     name: str,  # of the run
-) -> tuple[Plan, bytes | None]: # its plan and newest checkpoint; raises InputError if there is no such run
+) -> tuple[
+    Plan, bytes | None
+]:  # its plan and newest checkpoint; raises InputError if there is no such run
     "Where a run can be taken up."
     plan = msgspec.json.decode(bucket.get(f"training_checkpoints/{name}/plan.json"), type=Plan)
-    files = [key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")]
+    files = [
+        key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")
+    ]
     return plan, bucket.get(max(files)) if files else None
 
 # %% ../../nbs/handlers/04_checkpoint.ipynb #a6890dcf
@@ -95,40 +128,56 @@ def _next_number(before: str, bucket: Bucket) -> int:
     "The number of the next resumption. The bucket remembers it: a server that has forgotten the last one may still be sent its messages."
     name, _, number = before.partition("~")
     marks = f"training_checkpoints/{name}/resumed/"
-    number = 1 + max(int(number or 0), *(int(key.removeprefix(marks)) for key in bucket.keys(marks)), 0)
+    number = 1 + max(
+        int(number or 0), *(int(key.removeprefix(marks)) for key in bucket.keys(marks)), 0
+    )
     bucket.put(f"{marks}{number}", b"")
     return number
+
 
 def _restore(plan: Plan, content: bytes, services: Services) -> Status:
     "Put a checkpoint's weights and costs into the store, under the resumed run."
     status, costs, layers, best = unpack(content)
     at = lambda batch, epoch: Message("LaunchLambda", "next", plan.run, epoch, batch)
     for l, layer in enumerate(layers, start=1):
-        services.store.put(at(MASTER, status.epoch), {f"w{l}/{first}": encode(*rows(layer, first, count))
-                                                      for first, count in blocks(plan.parameters, l)})
-    for l, layer in enumerate(best, start=1): services.store.put(at(BEST, 0), {f"w{l}/0": encode(*layer)})
-    for epoch, cost in enumerate(costs): services.runs.update(plan.run, msgspec.structs.replace(status, epoch=epoch, cost=cost))
+        services.store.put(
+            at(MASTER, status.epoch),
+            {
+                f"w{l}/{first}": encode(*rows(layer, first, count))
+                for first, count in blocks(plan.parameters, l)
+            },
+        )
+    for l, layer in enumerate(best, start=1):
+        services.store.put(at(BEST, 0), {f"w{l}/0": encode(*layer)})
+    for epoch, cost in enumerate(costs):
+        services.runs.update(plan.run, msgspec.structs.replace(status, epoch=epoch, cost=cost))
     status.source = f"{status.epoch}/{MASTER}"
     return status
 
+
 TAKEN_UP = "taken up again"  # why a run has stopped whose newest resumption goes on
+
 
 def resume(
     name: str,  # of the run
     bucket: Bucket,
     services: Services,
-) -> str: # the run as it is called from now on
+) -> str:  # the run as it is called from now on
     "Take up a run from its newest checkpoint, or from the beginning; raises `InputError` if there is no such run."
     plan, content = newest(bucket, name)
     before = services.runs.newest(name)
     plan = msgspec.structs.replace(plan, run=f"{name}~{_next_number(before, bucket)}")
-    if not services.runs.begin(plan): return plan.run                       # somebody else is at it
-    if services.runs.knows(before): services.runs.stop(services.runs.plan(before), "stopped", TAKEN_UP)
+    if not services.runs.begin(plan):
+        return plan.run  # somebody else is at it
+    if services.runs.knows(before):
+        services.runs.stop(services.runs.plan(before), "stopped", TAKEN_UP)
     status = _restore(plan, content, services) if content else Status()
     status.before, status.since = status.spent, time.time()
     services.runs.update(plan.run, status)
     services.store.flush()
-    if (now := services.runs.newest(name)) != plan.run:                     # somebody else has taken it up meanwhile
+    if (
+        now := services.runs.newest(name)
+    ) != plan.run:  # somebody else has taken it up meanwhile
         services.runs.stop(plan, "stopped", TAKEN_UP)
         return now
     services.bus.ready(plan)

@@ -30,6 +30,7 @@ from ..maths.network import Layer, cost, initialise_layer, rows
 # %% ../../nbs/handlers/01_inputs.ipynb #17e1ec4a
 _epochs: OrderedDict[tuple[str, int], dict] = OrderedDict()
 
+
 def memory(
     run: str,
     epoch: int,
@@ -37,8 +38,10 @@ def memory(
     "What this process keeps of an epoch."
     if (run, epoch) not in _epochs:
         _epochs[run, epoch] = {}
-        while len(_epochs) > 3: _epochs.popitem(last=False)
+        while len(_epochs) > 3:
+            _epochs.popitem(last=False)
     return _epochs[run, epoch]
+
 
 def recall(
     message: Message,
@@ -47,8 +50,10 @@ def recall(
 ) -> Any:
     "Something of this epoch, made once."
     known = memory(message.run, message.epoch)
-    if name not in known: known[name] = make()
+    if name not in known:
+        known[name] = make()
     return known[name]
+
 
 def forget() -> None:
     "Be as a process that has just begun."
@@ -66,13 +71,15 @@ def pack_images(
     np.savez(file, x=images.reshape(len(images), -1), y=labels)
     return file.getvalue()
 
+
 @lru_cache(maxsize=4)
 def training_data(
     bucket: Bucket,
     key: str,
-) -> tuple[np.ndarray, np.ndarray]: # images as rows (m, n_inputs), uint8; labels (1, m)
+) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs), uint8; labels (1, m)
     "The training images, read once per process."
-    with np.load(BytesIO(bucket.get(key)), allow_pickle=False) as file: return file["x"], file["y"][None]
+    with np.load(BytesIO(bucket.get(key)), allow_pickle=False) as file:
+        return file["x"], file["y"][None]
 
 # %% ../../nbs/handlers/01_inputs.ipynb #dd6333e0
 def indices(
@@ -80,31 +87,38 @@ def indices(
     message: Message,
 ) -> np.ndarray:
     "Which images are in the message's mini-batch."
-    draw = lambda: mini_batches(plan.images, plan.parameters.batch_size, plan.parameters.seed, message.epoch)
+    draw = lambda: mini_batches(
+        plan.images, plan.parameters.batch_size, plan.parameters.seed, message.epoch
+    )
     return recall(message, "mini-batches", draw)[message.batch]
+
 
 _images: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
 IMAGES_KEPT = 2**28  # bytes of standardised images
+
 
 def images(
     plan: Plan,
     message: Message,
     services: Services,
-) -> np.ndarray: # (n_inputs, m)
+) -> np.ndarray:  # (n_inputs, m)
     "The mini-batch's images, a column each: $A_0$."
     name = (plan.run, message.epoch, message.batch)
     if name not in _images:
-        for old in [n for n in _images if n[0] == plan.run and n[1] != message.epoch]: del _images[old]
-        while sum(X.nbytes for X in _images.values()) > IMAGES_KEPT: _images.popitem(last=False)
+        for old in [n for n in _images if n[0] == plan.run and n[1] != message.epoch]:
+            del _images[old]
+        while sum(X.nbytes for X in _images.values()) > IMAGES_KEPT:
+            _images.popitem(last=False)
         x, _ = training_data(services.bucket(plan.bucket), plan.data)
         _images[name] = standardise(x[indices(plan, message)], plan.parameters.dtype).T
     return _images[name]
+
 
 def labels(
     plan: Plan,
     message: Message,
     services: Services,
-) -> np.ndarray: # (1, m)
+) -> np.ndarray:  # (1, m)
     "The mini-batch's labels."
     _, Y = training_data(services.bucket(plan.bucket), plan.data)
     return Y[:, indices(plan, message)]
@@ -113,19 +127,21 @@ def labels(
 def own_weights(
     message: Message,  # of the epoch that begins with the weights
     source: str,
-) -> dict[tuple[int, int], Layer]: # by layer and first neuron
+) -> dict[tuple[int, int], Layer]:  # by layer and first neuron
     "Weights that this process has computed itself."
     own = recall(message, "own weights", dict)
     if source not in own:
         own[source] = {}
-        while len(own) > 2: own.pop(next(iter(own)))
+        while len(own) > 2:
+            own.pop(next(iter(own)))
     return own[source]
+
 
 def remember(
     message: Message,  # that asked for the step
     layer: int,
     first: int,
-    after: Layer,      # the block after the step
+    after: Layer,  # the block after the step
 ) -> None:
     "Keep weights that may be the next epoch's."
     following = msgspec.structs.replace(message, epoch=message.epoch + 1)
@@ -133,6 +149,7 @@ def remember(
 
 # %% ../../nbs/handlers/01_inputs.ipynb #1d47e256
 Block = tuple[int, int, int]  # layer, first neuron, number of neurons
+
 
 def first_weights(
     plan: Plan,
@@ -142,7 +159,16 @@ def first_weights(
     "A block's weights before the first epoch, drawn from the seed."
     layer, first, count = block
     n_prev = plan.inputs if layer == 1 else plan.parameters.sizes[layer - 2]
-    return rows(recall(message, (layer, "first weights"), lambda: initialise_layer(plan.parameters, layer, n_prev)), first, count)
+    return rows(
+        recall(
+            message,
+            (layer, "first weights"),
+            lambda: initialise_layer(plan.parameters, layer, n_prev),
+        ),
+        first,
+        count,
+    )
+
 
 def unknown_weights(
     plan: Plan,
@@ -151,13 +177,20 @@ def unknown_weights(
 ) -> list[Block]:
     "Which blocks' weights must be fetched; with them those that were needed here in the epoch before, and will be again."
     known = recall(message, "weights", dict)
+
     def lacks(block: Block) -> bool:
-        if block in known: return False
-        if not message.source: known[block] = first_weights(plan, message, block)
-        elif block[:2] in (own := own_weights(message, message.source)): known[block] = own[block[:2]]
+        if block in known:
+            return False
+        if not message.source:
+            known[block] = first_weights(plan, message, block)
+        elif block[:2] in (own := own_weights(message, message.source)):
+            known[block] = own[block[:2]]
         return block not in known
+
     unknown = [block for block in wanted if lacks(block)]
-    before = _epochs.get((message.run, message.epoch - 1), {}).get("weights", {}) if unknown else {}
+    before = (
+        _epochs.get((message.run, message.epoch - 1), {}).get("weights", {}) if unknown else {}
+    )
     return unknown + [block for block in before if block not in wanted and lacks(block)]
 
 # %% ../../nbs/handlers/01_inputs.ipynb #a9360482
@@ -168,10 +201,12 @@ def source_key(
     epoch, batch = map(int, message.source.split("/"))
     return key(message.run, batch, epoch)
 
+
 def weight_names(
     unknown: list[Block],
 ) -> list[str]:
     return [f"w{layer}/{first}" for layer, first, _ in unknown]
+
 
 def keep_weights(
     message: Message,
@@ -180,15 +215,19 @@ def keep_weights(
 ) -> None:
     "Keep what was fetched; raises `Incomplete` if a value is missing."
     for block, value in zip(unknown, values):
-        if value is None: raise Incomplete(f"{message.id}: {source_key(message)} has no weights of neuron {block[1]} in layer {block[0]}")
+        if value is None:
+            raise Incomplete(
+                f"{message.id}: {source_key(message)} has no weights of neuron {block[1]} in layer {block[0]}"
+            )
         recall(message, "weights", dict)[block] = decode(value)
+
 
 def weights(
     plan: Plan,
     message: Message,
     services: Services,
     wanted: list[Block],
-) -> list[Layer]: # of each block
+) -> list[Layer]:  # of each block
     "Weights at the beginning of the message's epoch."
     if unknown := unknown_weights(plan, message, wanted):
         names = weight_names(unknown)
@@ -197,12 +236,14 @@ def weights(
         keep_weights(message, unknown, values)
     return [recall(message, "weights", dict)[block] for block in wanted]
 
+
 def layer_blocks(
     plan: Plan,
     layer: int,  # from 1
 ) -> list[Block]:
     "All blocks of a layer."
     return [(layer, *block) for block in blocks(plan.parameters, layer)]
+
 
 def layer_weights(
     plan: Plan,
@@ -214,11 +255,16 @@ def layer_weights(
     parts = weights(plan, message, services, layer_blocks(plan, layer))
     return parts[0] if len(parts) == 1 else tuple(np.vstack(arrays) for arrays in zip(*parts))
 
+
 def network_blocks(
     plan: Plan,
 ) -> list[Block]:
     "All blocks of all layers."
-    return [block for layer in range(1, plan.parameters.layers + 1) for block in layer_blocks(plan, layer)]
+    return [
+        block
+        for layer in range(1, plan.parameters.layers + 1)
+        for block in layer_blocks(plan, layer)
+    ]
 
 # %% ../../nbs/handlers/01_inputs.ipynb #2d3dff03
 def network_at(
@@ -230,23 +276,37 @@ def network_at(
     "The whole network as it is at the beginning of an epoch."
     message = Message("LaunchLambda", "next", plan.run, epoch, source=source)
     weights(plan, message, services, network_blocks(plan))
-    return [layer_weights(plan, message, services, layer) for layer in range(1, plan.parameters.layers + 1)]
+    return [
+        layer_weights(plan, message, services, layer)
+        for layer in range(1, plan.parameters.layers + 1)
+    ]
 
 # %% ../../nbs/handlers/01_inputs.ipynb #cf7c7628
 def end_early(
     plan: Plan,
     services: Services,
-    state: str,   # failed or stopped
+    state: str,  # failed or stopped
     reason: str,
 ) -> None:
     "End a run before its time, and say why."
     status = services.runs.status(plan.run)
     note(f"run {state}: {reason}")
-    if status.cost is not None: reason += f"; the last good cost is {status.cost:.6g}, of epoch {status.epoch}"
-    record = {"run": plan.name, "state": state, "reason": reason, "epochs": status.epoch + 1, "cost": status.cost}
-    services.bucket(plan.bucket).put(f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record))
+    if status.cost is not None:
+        reason += f"; the last good cost is {status.cost:.6g}, of epoch {status.epoch}"
+    record = {
+        "run": plan.name,
+        "state": state,
+        "reason": reason,
+        "epochs": status.epoch + 1,
+        "cost": status.cost,
+    }
+    services.bucket(plan.bucket).put(
+        f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record)
+    )
     services.runs.stop(plan, state, reason)
-    services.topic.tell(f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}.")
+    services.topic.tell(
+        f"Run {plan.name} {state}", f"After {status.epoch + 1} epochs: {reason}."
+    )
 
 # %% ../../nbs/handlers/01_inputs.ipynb #56e0ec48
 def spare(
@@ -255,30 +315,46 @@ def spare(
 ) -> bool:
     "Does its run go on without it? So it is with a duplicate, and with what belongs to an earlier life of the run."
     run = event["run"]
-    if services.runs.newest(services.runs.plan(run).name) != run: return True
-    if event.get("state") == "stay": return False
+    if services.runs.newest(services.runs.plan(run).name) != run:
+        return True
+    if event.get("state") == "stay":
+        return False
     message = msgspec.convert(event, Message)
-    if message.epoch < services.runs.status(run).epoch: return True
+    if message.epoch < services.runs.status(run).epoch:
+        return True
     return message.step in services.runs.finished_steps(run, message.batch, message.epoch)
+
 
 def give_up(
     function: str,
-    event: dict,   # that failed for good
-    tries: int,    # how often
-    reason: str,   # of the last failure
+    event: dict,  # that failed for good
+    tries: int,  # how often
+    reason: str,  # of the last failure
     services: Services,
 ) -> None:
     "End the run that an event belongs to, with the reason, if it can't go on without the event."
     run = event.get("run")
-    if run is None: return services.runs.refuse(function, reason)
-    if not services.runs.knows(run): return  # a message of a run that the parameter server has lost
-    name = f"{function}, asked to stay," if event.get("state") == "stay" else msgspec.convert(event, Message).id
+    if run is None:
+        return services.runs.refuse(function, reason)
+    if not services.runs.knows(run):
+        return  # a message of a run that the parameter server has lost
+    name = (
+        f"{function}, asked to stay,"
+        if event.get("state") == "stay"
+        else msgspec.convert(event, Message).id
+    )
     if services.runs.status(run).state == "running" and not spare(event, services):
-        end_early(services.runs.plan(run), services, "failed", f"{name} failed {tries} times: {reason}")
+        end_early(
+            services.runs.plan(run),
+            services,
+            "failed",
+            f"{name} failed {tries} times: {reason}",
+        )
 
 # %% ../../nbs/handlers/01_inputs.ipynb #666b7ae7
 class Runaway(RuntimeError):
     "A message has come further than any honest one can."
+
 
 def check_hops(
     message: Message,
@@ -286,7 +362,8 @@ def check_hops(
 ) -> None:
     "End the run and raise `Runaway` if a message has come too far."
     plan = services.runs.plan(message.run)
-    if message.hop <= hop_budget(plan): return
+    if message.hop <= hop_budget(plan):
+        return
     reason = f"{message.id} is {message.hop} hops from the upload, and no message of this run can be further than {hop_budget(plan)}"
     end_early(plan, services, "failed", reason)
     raise Runaway(reason)
@@ -295,33 +372,48 @@ def check_hops(
 def begin(
     message: Message,
     services: Services,
-    names: list[str],         # of the arrays that the work needs
-    wanted: list[Block]=[],   # whose weights it needs
-) -> tuple[str, dict[str, np.ndarray]]: # status as in `Opened`, and the arrays
+    names: list[str],  # of the arrays that the work needs
+    wanted: list[Block] = [],  # whose weights it needs
+) -> tuple[str, dict[str, np.ndarray]]:  # status as in `Opened`, and the arrays
     "Open an invocation and fetch what it needs; raises `Incomplete` if something is missing."
     services.store.meter.begin()
     check_hops(message, services)
     known, plan = memory(message.run, message.epoch), services.runs.plan(message.run)
-    unknown, lacking = [name for name in names if (message.batch, name) not in known], unknown_weights(plan, message, wanted)
-    services.store.meter.used.asked += sum(size_of(known[message.batch, name].dtype.str, (known[message.batch, name].shape,)) for name in names if name not in unknown)
+    unknown, lacking = (
+        [name for name in names if (message.batch, name) not in known],
+        unknown_weights(plan, message, wanted),
+    )
+    services.store.meter.used.asked += sum(
+        size_of(known[message.batch, name].dtype.str, (known[message.batch, name].shape,))
+        for name in names
+        if name not in unknown
+    )
     begun = recall(message, "begun", set)
     again = message.id in begun
     begun.add(message.id)
     services.ledger.started(message)
     if unknown or lacking or again:
-        opened = services.store.open(message, unknown, source_key(message) if lacking else "", weight_names(lacking))
-        if opened.status == "finished": note("duplicate", Duplicates=1)
-        elif opened.status != "open": note(opened.status)
-        if opened.status != "open": return opened.status, {}
+        opened = services.store.open(
+            message, unknown, source_key(message) if lacking else "", weight_names(lacking)
+        )
+        if opened.status == "finished":
+            note("duplicate", Duplicates=1)
+        elif opened.status != "open":
+            note(opened.status)
+        if opened.status != "open":
+            return opened.status, {}
         keep_weights(message, lacking, opened.weights)
         for name, value in zip(unknown, opened.values):
-            if value is None: raise Incomplete(f"{message.id}: the store has no {name}")
+            if value is None:
+                raise Incomplete(f"{message.id}: the store has no {name}")
             known[message.batch, name] = decode(value)[0]
-    else: services.store.open_later(message)
+    else:
+        services.store.open_later(message)
     return "open", {name: known[message.batch, name] for name in names}
 
 # %% ../../nbs/handlers/01_inputs.ipynb #b4e5a221
 Arrays = dict[str, np.ndarray | tuple[np.ndarray, ...]]
+
 
 def pack(
     message: Message,
@@ -330,7 +422,8 @@ def pack(
     "The arrays as the store keeps them; single ones are remembered."
     known, whole = memory(message.run, message.epoch), {}
     for name, array in arrays.items():
-        if isinstance(array, np.ndarray): array = known[message.batch, name] = np.asarray(array, order="C")
+        if isinstance(array, np.ndarray):
+            array = known[message.batch, name] = np.asarray(array, order="C")
         whole[name] = encode(*array) if isinstance(array, tuple) else encode(array)
     return whole
 
@@ -338,28 +431,35 @@ def pack(
 class Diverged(ArithmeticError):
     "The numbers of a run are no longer finite; the text says where."
 
+
 def finite(
     plan: Plan,
     message: Message,
     layer: int,
     values: np.ndarray,
-) -> np.ndarray: # the same
+) -> np.ndarray:  # the same
     "Raise `Diverged` unless all values are finite."
-    if np.isfinite(values).all(): return values
+    if np.isfinite(values).all():
+        return values
     where = f"mini-batch {message.batch}, " if message.batch != ALL else ""
-    raise Diverged(f"epoch {message.epoch}, {where}layer {layer}: a value is infinite or not a number; "
-                   f"a learning rate below {plan.parameters.learning_rate:g} may help")
+    raise Diverged(
+        f"epoch {message.epoch}, {where}layer {layer}: a value is infinite or not a number; "
+        f"a learning rate below {plan.parameters.learning_rate:g} may help"
+    )
+
 
 def finite_cost(
     plan: Plan,
     message: Message,
     A: list[np.ndarray],  # of all layers, the images first
-    Y: np.ndarray,        # labels, (1, m)
+    Y: np.ndarray,  # labels, (1, m)
 ) -> float:
     "The mini-batch's cost; raises `Diverged` if a layer's activations are not finite."
     if not np.isfinite(A[-1]).all():
-        for layer, values in enumerate(A[1:], start=1): finite(plan, message, layer, values)
+        for layer, values in enumerate(A[1:], start=1):
+            finite(plan, message, layer, values)
     return cost(A[-1], Y)
+
 
 def leads(
     plan: Plan,
@@ -375,9 +475,15 @@ def meet(
     plan: Plan,
     message: Message,
     services: Services,
-    price: float,    # the mini-batch's cost
+    price: float,  # the mini-batch's cost
     seconds: float,  # since the invocation began
 ) -> None:
     "Bring the cost to the epoch's barrier."
     services.ledger.cost(message, price)
-    services.bus.join(message, plan.batches, after_epoch(message), seconds, {f"cost/{message.batch}": encode(np.array(price))})
+    services.bus.join(
+        message,
+        plan.batches,
+        after_epoch(message),
+        seconds,
+        {f"cost/{message.batch}": encode(np.array(price))},
+    )

@@ -29,7 +29,18 @@ from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
 from ..cloud.telemetry import note, told
 from . import checkpoint, watch
-from .inputs import Diverged, begin, end_early, finite, give_up, network_at, network_blocks, pack_images, training_data, weights
+from snn.handlers.inputs import (
+    Diverged,
+    begin,
+    end_early,
+    finite,
+    give_up,
+    network_at,
+    network_blocks,
+    pack_images,
+    training_data,
+    weights,
+)
 from .stay import resident
 from ..maths import data, model
 from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, step
@@ -37,6 +48,7 @@ from ..maths.parameters import InputError, Parameters, parse
 
 # %% ../../nbs/handlers/06_launch.ipynb #baa3d59f
 NAME = "%Y-%m-%d %H:%M:%S.%f"  # how times are written in results.json
+
 
 def run_id(
     upload: Upload,
@@ -65,44 +77,75 @@ def make_plan(
 ) -> Plan:
     "What the handlers of this run must know."
     run = run_id(upload, parameters)
-    kept, _ = data.split(len(datasets.train_x), parameters.validation_fraction, parameters.seed)
-    return Plan(run, parameters, upload.bucket, f"training_data/{run}.npz", len(kept), datasets.train_x[0].size, datasets.size,
-                datasets.classes, upload.etag, datetime.now(UTC).strftime(NAME))
+    kept, _ = data.split(
+        len(datasets.train_x), parameters.validation_fraction, parameters.seed
+    )
+    return Plan(
+        run,
+        parameters,
+        upload.bucket,
+        f"training_data/{run}.npz",
+        len(kept),
+        datasets.train_x[0].size,
+        datasets.size,
+        datasets.classes,
+        upload.etag,
+        datetime.now(UTC).strftime(NAME),
+    )
 
 # %% ../../nbs/handlers/06_launch.ipynb #359a369c
 def start(
     upload: Upload,
     services: Services,
-) -> str: # the run
+) -> str:  # the run
     "Begin the run of an upload; raises `InputError` if its files are wrong."
     where = str(PurePosixPath(upload.key).with_name("parameters.json"))
-    parameters = parse(services.bucket(upload.bucket).get(where), f"s3://{upload.bucket}/{where}")
+    parameters = parse(
+        services.bucket(upload.bucket).get(where), f"s3://{upload.bucket}/{where}"
+    )
     datasets = read_datasets(upload, services)
     check_run(parameters, len(datasets.train_x), datasets.train_x[0].size, memory_here())
     plan = make_plan(upload, parameters, datasets)
-    begun, newest = checkpoint.has_plan(plan, services), services.runs.newest(plan.run)  # in this order, and below in the other:
-    known = services.runs.knows(newest)                                                   # who sees the plan knows of the run
-    if known and (newest != plan.run or services.runs.status(newest).state != "running"): return newest       # taken up again, or ended
-    if begun and not known: return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
-    _leave_images(plan, datasets, services)  # first: once the run is known, the watchdog may send for its neurons
+    begun, newest = (
+        checkpoint.has_plan(plan, services),
+        services.runs.newest(plan.run),
+    )  # in this order, and below in the other:
+    known = services.runs.knows(newest)  # who sees the plan knows of the run
+    if known and (newest != plan.run or services.runs.status(newest).state != "running"):
+        return newest  # taken up again, or ended
+    if begun and not known:
+        return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
+    _leave_images(
+        plan, datasets, services
+    )  # first: once the run is known, the watchdog may send for its neurons
     services.runs.begin(plan)
     checkpoint.leave_plan(plan, services)
     message, began = Message("LaunchLambda", "start", plan.run, epoch=0), time.perf_counter()
     status, _ = begin(message, services, [])
-    if status != "open": return plan.run
+    if status != "open":
+        return plan.run
     services.bus.ready(plan)
-    services.topic.tell(f"Run {plan.name} started", f"{plan.images} images, at most {parameters.epochs} epochs.")
-    services.bus.finish(message, epoch_messages(plan, 0, "", hop=1), time.perf_counter() - began)
+    services.topic.tell(
+        f"Run {plan.name} started",
+        f"{plan.images} images, at most {parameters.epochs} epochs.",
+    )
+    services.bus.finish(
+        message, epoch_messages(plan, 0, "", hop=1), time.perf_counter() - began
+    )
     services.ledger.finished(message, time.perf_counter() - began)
     return plan.run
 
 # %% ../../nbs/handlers/06_launch.ipynb #8c7c515f
 def _leave_images(plan: Plan, datasets: data.Datasets, services: Services) -> None:
     "Leave the training images, and those held back for validation, for all handlers of the run."
-    kept, held = data.split(len(datasets.train_x), plan.parameters.validation_fraction, plan.parameters.seed)
+    kept, held = data.split(
+        len(datasets.train_x), plan.parameters.validation_fraction, plan.parameters.seed
+    )
     bucket = services.bucket(plan.bucket)
     bucket.put(plan.data, pack_images(datasets.train_x[kept], datasets.train_y[kept]))
-    if len(held): bucket.put(held_key(plan), pack_images(datasets.train_x[held], datasets.train_y[held]))
+    if len(held):
+        bucket.put(held_key(plan), pack_images(datasets.train_x[held], datasets.train_y[held]))
+
 
 def held_key(
     plan: Plan,
@@ -116,7 +159,7 @@ def follow_best(
     message: Message,
     services: Services,
     costs: list[float],
-) -> tuple[float, str]: # the epoch's cost, and the source of the next weights
+) -> tuple[float, str]:  # the epoch's cost, and the source of the next weights
     "The mini-batch with the lowest cost leads."
     best = best_batch(costs)
     return costs[best], f"{message.epoch}/{best}"
@@ -127,26 +170,47 @@ def _sizes(plan: Plan) -> list[int]:
     size = plan.parameters.batch_size
     return [min(size, plan.images - i) for i in range(0, plan.images, size)]
 
+
 def _mean_gradient(plan: Plan, message: Message, services: Services) -> np.ndarray:
     "dW and db of all blocks in one row, averaged over the mini-batches: a request for each, and one at a time in memory."
     names = [f"g{layer}/{first}" for layer, first, _ in network_blocks(plan)]
-    row = lambda values: np.concatenate([array.ravel() for value in values for array in decode(value)])
-    return mean_of((row(services.store.read(plan.run, batch, message.epoch, names)) for batch in range(plan.batches)), _sizes(plan))
+    row = lambda values: np.concatenate(
+        [array.ravel() for value in values for array in decode(value)]
+    )
+    return mean_of(
+        (
+            row(services.store.read(plan.run, batch, message.epoch, names))
+            for batch in range(plan.batches)
+        ),
+        _sizes(plan),
+    )
+
 
 def follow_mean(
     plan: Plan,
     message: Message,
     services: Services,
     costs: list[float],
-) -> tuple[float, str]: # the epoch's cost, and the source of the next weights
+) -> tuple[float, str]:  # the epoch's cost, and the source of the next weights
     "Step once, along the mean of all gradients."
-    known, mean = weights(plan, message, services, network_blocks(plan)), _mean_gradient(plan, message, services)
+    known, mean = (
+        weights(plan, message, services, network_blocks(plan)),
+        _mean_gradient(plan, message, services),
+    )
     shapes = [array.shape for layer in known for array in layer[:2]]
-    slopes = [part.reshape(shape) for part, shape in zip(np.split(mean, np.cumsum([n * m for n, m in shapes])), shapes)]
-    values = {f"w{layer}/{first}": encode(*step(plan.parameters, old, dW, db, message.epoch))
-              for (layer, first, _), old, dW, db in zip(network_blocks(plan), known, slopes[0::2], slopes[1::2])}
+    slopes = [
+        part.reshape(shape)
+        for part, shape in zip(np.split(mean, np.cumsum([n * m for n, m in shapes])), shapes)
+    ]
+    values = {
+        f"w{layer}/{first}": encode(*step(plan.parameters, old, dW, db, message.epoch))
+        for (layer, first, _), old, dW, db in zip(
+            network_blocks(plan), known, slopes[0::2], slopes[1::2]
+        )
+    }
     services.store.put(msgspec.structs.replace(message, batch=MASTER), values)
     return mean_of(costs, _sizes(plan)), f"{message.epoch}/{MASTER}"
+
 
 FOLLOW = {"best": follow_best, "mean": follow_mean}
 
@@ -154,32 +218,48 @@ FOLLOW = {"best": follow_best, "mean": follow_mean}
 EVERY = 1.0  # seconds between two readings of the meter
 _read: dict[str, float] = {}  # when this process last read the meter of a run
 
+
 def read_meter(
     plan: Plan,
     message: Message,  # of this invocation
     status: Status,
     services: Services,
-    ended: bool=False,
+    ended: bool = False,
 ) -> Reading:
     "What the run has used and cost, this invocation included."
-    counts, used = services.ledger.counts(plan), msgspec.structs.asdict(services.store.meter.used)
+    counts, used = (
+        services.ledger.counts(plan),
+        msgspec.structs.asdict(services.store.meter.used),
+    )
     mine = counts["LaunchLambda"]
     own = {name: getattr(mine, name) + number for name, number in used.items()}
     begun = mine.attempts + (message.id in services.store.uncounted)
     counts["LaunchLambda"] = mine._replace(**own, attempts=begun, finished=mine.finished + 1)
-    return reading(plan, counts, status, time.time(), nearest(services.environment.get("AWS_REGION", "")), ended)
+    return reading(
+        plan,
+        counts,
+        status,
+        time.time(),
+        nearest(services.environment.get("AWS_REGION", "")),
+        ended,
+    )
+
 
 def note_meter(
     plan: Plan,
     message: Message,
-    status: Status,    # is brought up to date
+    status: Status,  # is brought up to date
     services: Services,
 ) -> None:
     "Say what the run has cost, if it is time to; where `max_cost` is set, with what its end will cost."
     now = time.monotonic()
-    if not plan.parameters.max_cost and now - _read.get(plan.run, -EVERY) < EVERY: return
-    _read.clear(); _read[plan.run] = now
-    status.spent = read_meter(plan, message, status, services, ended=bool(plan.parameters.max_cost)).dollars
+    if not plan.parameters.max_cost and now - _read.get(plan.run, -EVERY) < EVERY:
+        return
+    _read.clear()
+    _read[plan.run] = now
+    status.spent = read_meter(
+        plan, message, status, services, ended=bool(plan.parameters.max_cost)
+    ).dollars
     services.ledger.spent(message, status.spent)
 
 # %% ../../nbs/handlers/06_launch.ipynb #b9e454ac
@@ -191,37 +271,52 @@ def validate(
     "Cost of the images held back, and which epoch had the best."
     x, Y = training_data(services.bucket(plan.bucket), held_key(plan))
     layers = network_at(plan, status.epoch + 1, status.source, services)
-    status.validation = cost(activations(plan.parameters, layers, data.standardise(x, plan.parameters.dtype).T)[-1], Y)
+    status.validation = cost(
+        activations(plan.parameters, layers, data.standardise(x, plan.parameters.dtype).T)[-1],
+        Y,
+    )
     if status.best_validation is None or status.validation < status.best_validation:
         status.best_validation, status.best_epoch = status.validation, status.epoch
         message = Message("LaunchLambda", "next", plan.run, epoch=0, batch=BEST)
-        services.store.put(message, {f"w{l}/0": encode(*layer) for l, layer in enumerate(layers, start=1)})
+        services.store.put(
+            message, {f"w{l}/0": encode(*layer) for l, layer in enumerate(layers, start=1)}
+        )
 
 # %% ../../nbs/handlers/06_launch.ipynb #5fc68a0c
 def over_limit(
     plan: Plan,
-    status: Status,    # of the epoch that has just ended; says what the run has cost so far
+    status: Status,  # of the epoch that has just ended; says what the run has cost so far
     previous: Status,  # of the epoch before
-) -> str: # empty if another epoch may follow
+) -> str:  # empty if another epoch may follow
     "Why the run's owner would not want another epoch, which is taken to be as long and as dear as this one."
     parameters, seconds = plan.parameters, time.time() - uploaded_at(plan)
     another = time.time() - previous.updated if previous.updated else seconds
     if parameters.deadline and seconds + another > parameters.deadline:
         return f"another epoch would end after the deadline of {parameters.deadline:g} s"
-    if parameters.max_cost and status.spent + (status.spent - previous.spent) > parameters.max_cost:
+    if (
+        parameters.max_cost
+        and status.spent + (status.spent - previous.spent) > parameters.max_cost
+    ):
         return f"another epoch would cost more than max_cost allows: of {parameters.max_cost:g} USD, {status.spent:.6f} are spent"
     return ""
+
 
 def why_end(
     plan: Plan,
     status: Status,  # of the epoch that has just ended
-) -> str: # empty if training goes on
+) -> str:  # empty if training goes on
     "The reason to end the run now, but for the limits of time and money."
     parameters = plan.parameters
-    if reached(parameters, status.cost): return f"the cost is at or below the threshold of {parameters.threshold:g}"
-    if parameters.patience and status.best_validation is not None and status.epoch - status.best_epoch >= parameters.patience:
+    if reached(parameters, status.cost):
+        return f"the cost is at or below the threshold of {parameters.threshold:g}"
+    if (
+        parameters.patience
+        and status.best_validation is not None
+        and status.epoch - status.best_epoch >= parameters.patience
+    ):
         return f"the validation cost has not improved for {parameters.patience} epochs"
-    if status.epoch + 1 >= parameters.epochs: return f"all {parameters.epochs} epochs are done"
+    if status.epoch + 1 >= parameters.epochs:
+        return f"all {parameters.epochs} epochs are done"
     return ""
 
 # %% ../../nbs/handlers/06_launch.ipynb #0dcac9a2
@@ -233,6 +328,7 @@ def results(
     epochs = {f"epoch{epoch}": {"cost": cost} for epoch, cost in enumerate(costs)}
     return {"Start": plan.started, **epochs, "End": datetime.now(UTC).strftime(NAME)}
 
+
 def trained_model(
     plan: Plan,
     status: Status,
@@ -240,12 +336,18 @@ def trained_model(
 ) -> model.Model:
     "The network that the run ends with: the newest, or with patience, or at a limit, the one of the best validation; raises `Diverged` if it is not finite."
     if (plan.parameters.patience or status.cut) and status.best_validation is not None:
-        values = services.store.read(plan.run, BEST, 0, [f"w{l}/0" for l in range(1, plan.parameters.layers + 1)])
+        values = services.store.read(
+            plan.run, BEST, 0, [f"w{l}/0" for l in range(1, plan.parameters.layers + 1)]
+        )
         layers = [decode(value) for value in values]
-    else: layers = network_at(plan, status.epoch + 1, status.source, services)
+    else:
+        layers = network_at(plan, status.epoch + 1, status.source, services)
     for l, arrays in enumerate(layers, start=1):
-        for array in arrays: finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
-    return model.Model(plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size)
+        for array in arrays:
+            finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
+    return model.Model(
+        plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size
+    )
 
 # %% ../../nbs/handlers/06_launch.ipynb #de547993
 def model_file(
@@ -256,6 +358,7 @@ def model_file(
         model.write(trained, f"{folder}/params.h5")
         return Path(folder, "params.h5").read_bytes()
 
+
 def leave_results(
     plan: Plan,
     message: Message,
@@ -265,12 +368,24 @@ def leave_results(
     "Write the run's files; who sees run.json finds all the others."
     bucket, folder = services.bucket(plan.bucket), f"training_results/{plan.name}"
     counts = {name: count._asdict() for name, count in services.ledger.counts(plan).items()}
-    text = msgspec.json.format(msgspec.json.encode(results(plan, [*services.runs.costs(plan.run)[:status.epoch], status.cost])))
+    text = msgspec.json.format(
+        msgspec.json.encode(
+            results(plan, [*services.runs.costs(plan.run)[: status.epoch], status.cost])
+        )
+    )
     trained = model_file(trained_model(plan, status, services))
     meter = read_meter(plan, message, status, services, ended=True)
     status.spent = meter.dollars
-    record = {"run": plan.name, "reason": status.reason, "epochs": status.epoch + 1, "cost": status.cost, "ended": time.time(), "plan": plan, "invocations": counts,
-              "meter": meter}
+    record = {
+        "run": plan.name,
+        "reason": status.reason,
+        "epochs": status.epoch + 1,
+        "cost": status.cost,
+        "ended": time.time(),
+        "plan": plan,
+        "invocations": counts,
+        "meter": meter,
+    }
     bucket.put(f"{folder}/params.h5", trained)
     bucket.put(f"{folder}/results.json", text)
     bucket.put("training_results/results.json", text)
@@ -289,10 +404,13 @@ def go_on(
     price, source = FOLLOW[plan.parameters.aggregation](plan, message, services, costs)
     previous = services.runs.status(plan.run)
     status = msgspec.structs.replace(previous, epoch=message.epoch, cost=price, source=source)
-    if plan.parameters.validation_fraction: validate(plan, status, services)
+    if plan.parameters.validation_fraction:
+        validate(plan, status, services)
     note_meter(plan, message, status, services)
     status.reason = why_end(plan, status)
-    if not status.reason: status.cut = bool(reason := over_limit(plan, status, previous)); status.reason = reason
+    if not status.reason:
+        status.cut = bool(reason := over_limit(plan, status, previous))
+        status.reason = reason
     return status
 
 # %% ../../nbs/handlers/06_launch.ipynb #0a8a502d
@@ -302,20 +420,30 @@ def handle(
 ) -> None:
     "End an epoch: go on with the next, or end the run."
     began, plan = time.perf_counter(), services.runs.plan(message.run)
-    status, arrays = begin(message, services, [f"cost/{batch}" for batch in range(plan.batches)])
-    if status != "open": return
+    status, arrays = begin(
+        message, services, [f"cost/{batch}" for batch in range(plan.batches)]
+    )
+    if status != "open":
+        return
     status = go_on(plan, message, services, arrays)
     note("epoch ended", Cost=status.cost, Spent=status.spent)
     if status.reason:
-        try: end(plan, message, status, services)
-        except Diverged as error: return end_early(plan, services, "failed", str(error))
+        try:
+            end(plan, message, status, services)
+        except Diverged as error:
+            return end_early(plan, services, "failed", str(error))
     else:
         checkpoint.save_if_due(plan, status, services)
         mail_if_due(plan, status, services)
         services.runs.update(plan.run, status)
-    following = [] if status.reason else epoch_messages(plan, message.epoch + 1, status.source, message.hop + 1)
+    following = (
+        []
+        if status.reason
+        else epoch_messages(plan, message.epoch + 1, status.source, message.hop + 1)
+    )
     services.bus.finish(message, following, time.perf_counter() - began)
     services.ledger.finished(message, time.perf_counter() - began)
+
 
 def mail_if_due(
     plan: Plan,
@@ -325,7 +453,11 @@ def mail_if_due(
     "Tell the owner every `notify_every` epochs."
     every = plan.parameters.notify_every
     if every and (status.epoch + 1) % every == 0:
-        services.topic.tell(f"Run {plan.name}: epoch {status.epoch + 1}", f"{status.epoch + 1} of at most {plan.parameters.epochs} epochs, cost {status.cost:.6g}.")
+        services.topic.tell(
+            f"Run {plan.name}: epoch {status.epoch + 1}",
+            f"{status.epoch + 1} of at most {plan.parameters.epochs} epochs, cost {status.cost:.6g}.",
+        )
+
 
 def end(
     plan: Plan,
@@ -336,7 +468,10 @@ def end(
     "Leave the results, then say that the run has finished: whoever dies in between leaves an epoch that is not ended yet."
     leave_results(plan, message, status, services)
     early = "early" if status.epoch + 1 < plan.parameters.epochs else ""
-    services.topic.tell(f"Run {plan.name} finished {early}", f"After {status.epoch + 1} epochs at a cost of {status.cost:.6g}: {status.reason}.")
+    services.topic.tell(
+        f"Run {plan.name} finished {early}",
+        f"After {status.epoch + 1} epochs at a cost of {status.cost:.6g}: {status.reason}.",
+    )
     status.state = "finished"
     services.runs.update(plan.run, status)
 
@@ -346,7 +481,8 @@ def handle_upload(
     services: Services,
 ) -> None:
     "Begin a run, or say why not."
-    if not upload.key.endswith("h5"): return
+    if not upload.key.endswith("h5"):
+        return
     try:
         start(upload, services)
         services.runs.accept(upload.etag)
@@ -359,7 +495,12 @@ def failures(
     event: dict,  # from SNS
 ) -> list[dict]:
     "What Lambda tells of events that failed for good."
-    return [json.loads(record["Sns"]["Message"]) for record in event.get("Records", []) if record.get("EventSource") == "aws:sns"]
+    return [
+        json.loads(record["Sns"]["Message"])
+        for record in event.get("Records", [])
+        if record.get("EventSource") == "aws:sns"
+    ]
+
 
 def handle_failure(
     letter: dict,
@@ -367,8 +508,17 @@ def handle_failure(
 ) -> None:
     "End the run of an event that failed for good."
     context, answer = letter["requestContext"], letter.get("responsePayload") or {}
-    reason = ": ".join(answer[name] for name in ("errorType", "errorMessage") if name in answer) or context["condition"]
-    give_up(context["functionArn"].split(":")[6], letter["requestPayload"], context["approximateInvokeCount"], reason, services)
+    reason = (
+        ": ".join(answer[name] for name in ("errorType", "errorMessage") if name in answer)
+        or context["condition"]
+    )
+    give_up(
+        context["functionArn"].split(":")[6],
+        letter["requestPayload"],
+        context["approximateInvokeCount"],
+        reason,
+        services,
+    )
 
 # %% ../../nbs/handlers/06_launch.ipynb #87d7479d
 @resident
@@ -376,12 +526,16 @@ def handle_failure(
 @in_time
 def lambda_handler(
     event: dict,  # from S3 or SNS, a `Message`, or {"state": "watch"} from the schedule
-    context,      # from Lambda; None on one machine
+    context,  # from Lambda; None on one machine
 ) -> None:
     "LaunchLambda's entry."
     services = process_services()
-    if event.get("state") == "watch": watch.watch(services)
-    if "function" in event: handle(msgspec.convert(event, Message), services)
-    for upload in uploads(event): handle_upload(upload, services)
-    for letter in failures(event): handle_failure(letter, services)
+    if event.get("state") == "watch":
+        watch.watch(services)
+    if "function" in event:
+        handle(msgspec.convert(event, Message), services)
+    for upload in uploads(event):
+        handle_upload(upload, services)
+    for letter in failures(event):
+        handle_failure(letter, services)
     services.bus.settle()

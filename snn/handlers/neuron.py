@@ -16,8 +16,23 @@ from ..cloud.messages import Message, Plan, after_layer, block_count
 from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
-from .inputs import (Arrays, Block, Diverged, begin, end_early, finite_cost, images, labels, layer_weights, leads, meet,
-                                 network_blocks, pack, remember, weights)
+from snn.handlers.inputs import (
+    Arrays,
+    Block,
+    Diverged,
+    begin,
+    end_early,
+    finite_cost,
+    images,
+    labels,
+    layer_weights,
+    leads,
+    meet,
+    network_blocks,
+    pack,
+    remember,
+    weights,
+)
 from .stay import resident
 from ..maths.network import activations, slopes, step
 from ..maths.neuron import backward, forward
@@ -29,14 +44,20 @@ def block_of(
     "The neurons that a message is about."
     return message.layer, message.first, message.count
 
+
 def previous(
     plan: Plan,
     message: Message,
     services: Services,
     arrays: dict[str, np.ndarray],
-) -> np.ndarray: # (n_prev, m)
+) -> np.ndarray:  # (n_prev, m)
     "Activations of the layer before: the images, for layer 1."
-    return images(plan, message, services) if message.layer == 1 else arrays[f"A{message.layer - 1}"]
+    return (
+        images(plan, message, services)
+        if message.layer == 1
+        else arrays[f"A{message.layer - 1}"]
+    )
+
 
 def run_forward(
     plan: Plan,
@@ -46,7 +67,12 @@ def run_forward(
 ) -> Arrays:
     "$a = g(w \\cdot a_\\text{prev} + b)$ for the block."
     W, b, *_ = weights(plan, message, services, [block_of(message)])[0]
-    A = forward(W, b, previous(plan, message, services, arrays), plan.parameters.activation(message.layer))
+    A = forward(
+        W,
+        b,
+        previous(plan, message, services, arrays),
+        plan.parameters.activation(message.layer),
+    )
     return {f"a{message.layer}/{message.first}": A}
 
 # %% ../../nbs/handlers/02_neuron.ipynb #e31f33d2
@@ -60,10 +86,12 @@ def after_step(
     db: np.ndarray,
 ) -> Arrays:
     "What a block leaves for the next epoch: its weights after the step, or its gradient."
-    if plan.parameters.aggregation == "mean": return {f"g{layer}/{first}": (dW, db)}
+    if plan.parameters.aggregation == "mean":
+        return {f"g{layer}/{first}": (dW, db)}
     after = step(plan.parameters, old, dW, db, message.epoch)
     remember(message, layer, first, after)
     return {f"w{layer}/{first}": after}
+
 
 def run_backward(
     plan: Plan,
@@ -73,10 +101,18 @@ def run_backward(
 ) -> Arrays:
     "dz, dw and db of the block, and what follows from them."
     block = slice(message.first, message.first + message.count)
-    old, = weights(plan, message, services, [block_of(message)])
-    dZ, dW, db = backward(arrays[f"dA{message.layer}"][block], arrays[f"A{message.layer}"][block],
-                          previous(plan, message, services, arrays), plan.parameters.activation(message.layer))
-    new = {} if not message.learn else after_step(plan, message, message.layer, message.first, old, dW, db)
+    (old,) = weights(plan, message, services, [block_of(message)])
+    dZ, dW, db = backward(
+        arrays[f"dA{message.layer}"][block],
+        arrays[f"A{message.layer}"][block],
+        previous(plan, message, services, arrays),
+        plan.parameters.activation(message.layer),
+    )
+    new = (
+        {}
+        if not message.learn
+        else after_step(plan, message, message.layer, message.first, old, dW, db)
+    )
     return {f"dz{message.layer}/{message.first}": dZ, **new}
 
 # %% ../../nbs/handlers/02_neuron.ipynb #1f0921bc
@@ -87,13 +123,21 @@ def run_network(
     arrays: dict[str, np.ndarray],  # none
 ) -> Arrays:
     "Forward and backward through all layers."
-    layers = [layer_weights(plan, message, services, l) for l in range(1, plan.parameters.layers + 1)]
-    A, Y = activations(plan.parameters, layers, images(plan, message, services)), labels(plan, message, services)
+    layers = [
+        layer_weights(plan, message, services, l) for l in range(1, plan.parameters.layers + 1)
+    ]
+    A, Y = (
+        activations(plan.parameters, layers, images(plan, message, services)),
+        labels(plan, message, services),
+    )
     price = finite_cost(plan, message, A, Y)
     computed = {"cost": np.array(price)}
-    if not leads(plan, message, services, price): return computed
+    if not leads(plan, message, services, price):
+        return computed
     steps = {}
-    for l, (old, (dW, db)) in enumerate(zip(layers, slopes(plan.parameters, layers, A, Y)), start=1):
+    for l, (old, (dW, db)) in enumerate(
+        zip(layers, slopes(plan.parameters, layers, A, Y)), start=1
+    ):
         steps |= after_step(plan, message, l, 0, old, dW, db)
     return computed | steps if leads(plan, message, services, price) else computed
 
@@ -103,29 +147,42 @@ def needs(
 ) -> list[str]:
     "Names of the arrays that a direction reads from its mini-batch."
     before = [f"A{message.layer - 1}"] if message.layer > 1 else []
-    return {"forward": before, "backward": [*before, f"A{message.layer}", f"dA{message.layer}"], "network": []}[message.direction]
+    return {
+        "forward": before,
+        "backward": [*before, f"A{message.layer}", f"dA{message.layer}"],
+        "network": [],
+    }[message.direction]
+
 
 def end_layer(
     plan: Plan,
     message: Message,
     services: Services,
     computed: Arrays,
-    seconds: float,    # since the invocation began
+    seconds: float,  # since the invocation began
 ) -> None:
     "Join the layer's other blocks."
-    services.bus.join(message, block_count(plan.parameters, message.layer), after_layer(message), seconds, pack(message, computed))
+    services.bus.join(
+        message,
+        block_count(plan.parameters, message.layer),
+        after_layer(message),
+        seconds,
+        pack(message, computed),
+    )
+
 
 def end_batch(
     plan: Plan,
     message: Message,
     services: Services,
     computed: Arrays,
-    seconds: float,    # since the invocation began
+    seconds: float,  # since the invocation began
 ) -> None:
     "Join the epoch's other mini-batches."
     services.store.put(message, pack(message, computed))
     meet(plan, message, services, float(computed["cost"]), seconds)
     services.store.finish(message, seconds)
+
 
 DIRECTIONS = {"forward": run_forward, "backward": run_backward, "network": run_network}
 
@@ -137,15 +194,29 @@ def handle(
     "Compute a block of neurons, and tell who comes next if it was the last."
     began, plan = time.perf_counter(), services.runs.plan(message.run)
     whole = message.direction == "network"
-    status, arrays = begin(message, services, needs(message), network_blocks(plan) if whole else [block_of(message)])
-    if status not in (("open",) if whole else ("open", "finished")): return
+    status, arrays = begin(
+        message,
+        services,
+        needs(message),
+        network_blocks(plan) if whole else [block_of(message)],
+    )
+    if status not in (("open",) if whole else ("open", "finished")):
+        return
     try:
-        with np.errstate(all="ignore"):  # what is not finite is reported by `finite`, with its place
-            computed = DIRECTIONS[message.direction](plan, message, services, arrays) if status == "open" else {}
-    except Diverged as error: return end_early(plan, services, "failed", str(error))
+        with np.errstate(
+            all="ignore"
+        ):  # what is not finite is reported by `finite`, with its place
+            computed = (
+                DIRECTIONS[message.direction](plan, message, services, arrays)
+                if status == "open"
+                else {}
+            )
+    except Diverged as error:
+        return end_early(plan, services, "failed", str(error))
     seconds = time.perf_counter() - began
     (end_batch if whole else end_layer)(plan, message, services, computed, seconds)
-    if status == "open": services.ledger.finished(message, seconds)
+    if status == "open":
+        services.ledger.finished(message, seconds)
 
 # %% ../../nbs/handlers/02_neuron.ipynb #04e15de4
 @resident
@@ -153,7 +224,7 @@ def handle(
 @in_time
 def lambda_handler(
     event: dict,  # a `Message`
-    context,      # from Lambda; None on one machine
+    context,  # from Lambda; None on one machine
 ) -> None:
     "NeuronLambda's entry."
     handle(msgspec.convert(event, Message), process_services())

@@ -23,25 +23,33 @@ from .inputs import give_up
 # %% ../../nbs/handlers/07_stay.ipynb #d2d39529
 TRIES = 3  # as Lambda: the first and two more
 
+
 def attempt(
     envelope: Envelope,
-    work: Callable[[dict], None],         # does what an event asks for
-    again: Callable[[Envelope], None],    # puts an envelope back into the queue
+    work: Callable[[dict], None],  # does what an event asks for
+    again: Callable[[Envelope], None],  # puts an envelope back into the queue
     services: Services,
-) -> str: # why it is given up; empty if it is not
+) -> str:  # why it is given up; empty if it is not
     "Do what a message asks for; if that fails, put it back, or after three tries end the run that it belongs to."
-    try: work(msgspec.json.decode(envelope.event))
-    except (redis.ConnectionError, Refusing, OutOfTime): raise
+    try:
+        work(msgspec.json.decode(envelope.event))
+    except (redis.ConnectionError, Refusing, OutOfTime):
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        if envelope.attempt < TRIES: again(msgspec.structs.replace(envelope, attempt=envelope.attempt + 1)); return ""
-        give_up(envelope.function, msgspec.json.decode(envelope.event), TRIES, reason, services)
+        if envelope.attempt < TRIES:
+            again(msgspec.structs.replace(envelope, attempt=envelope.attempt + 1))
+            return ""
+        give_up(
+            envelope.function, msgspec.json.decode(envelope.event), TRIES, reason, services
+        )
         return reason
     return ""
 
 # %% ../../nbs/handlers/07_stay.ipynb #0c23a1c3
-CALL = .25  # part of a function's time that is left when it calls its successor
-GO = 3.0    # seconds that are left when it goes, successor or not
+CALL = 0.25  # part of a function's time that is left when it calls its successor
+GO = 3.0  # seconds that are left when it goes, successor or not
+
 
 def wanted(
     run: str,
@@ -50,20 +58,25 @@ def wanted(
     "Does the run go on?"
     return services.runs.knows(run) and services.runs.status(run).state == "running"
 
+
 def stay(
     seat: Seat,
     work: Callable[[dict], None],  # does what a message asks for
     services: Services,
-    left: Callable[[], float],     # seconds until Lambda ends this function
-) -> int: # messages that were handled
+    left: Callable[[], float],  # seconds until Lambda ends this function
+) -> int:  # messages that were handled
     "Take a seat, and messages, one after the other."
     residents, who, whole, called, count = services.residents, uuid4().hex, left(), False, 0
     residents.sit(seat, who)
     while left() > GO and (taken := residents.take(seat, who)) is not None:
-        for envelope in taken: attempt(envelope, work, lambda e: residents.put(seat.run, e), services)
+        for envelope in taken:
+            attempt(envelope, work, lambda e: residents.put(seat.run, e), services)
         count += len(taken)
-        if not taken and not wanted(seat.run, services): break
-        if not called and left() < max(CALL * whole, 2 * GO): services.bus.call([seat]); called = True
+        if not taken and not wanted(seat.run, services):
+            break
+        if not called and left() < max(CALL * whole, 2 * GO):
+            services.bus.call([seat])
+            called = True
     residents.leave(seat, who)
     return count
 
@@ -72,11 +85,18 @@ def resident(
     work: Callable,  # of an event and a context
 ) -> Callable:
     "A Lambda handler that does what an event asks for, or stays if it is asked to."
+
     @functools.wraps(work)
     def handler(event, context):
-        if event.get("state") != "stay": return work(event, context)
+        if event.get("state") != "stay":
+            return work(event, context)
         services = process_services()
         with services.bus.staying():
-            return stay(msgspec.convert(event, Seat), lambda message: work(message, context), services,
-                        lambda: context.get_remaining_time_in_millis() / 1000)
+            return stay(
+                msgspec.convert(event, Seat),
+                lambda message: work(message, context),
+                services,
+                lambda: context.get_remaining_time_in_millis() / 1000,
+            )
+
     return handler

@@ -16,7 +16,20 @@ from ..cloud.messages import Message, Plan, blocks, trainer_messages
 from ..cloud.deadline import in_time
 from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
-from .inputs import Arrays, Block, Diverged, begin, end_early, finite, labels, layer_blocks, layer_weights, leads, meet, pack
+from snn.handlers.inputs import (
+    Arrays,
+    Block,
+    Diverged,
+    begin,
+    end_early,
+    finite,
+    labels,
+    layer_blocks,
+    layer_weights,
+    leads,
+    meet,
+    pack,
+)
 from .stay import resident
 from ..maths.network import cost, cost_gradient
 from ..maths.neuron import input_gradient
@@ -27,9 +40,12 @@ def stack(
     message: Message,
     arrays: dict[str, np.ndarray],
     name: str,  # a or dz
-) -> np.ndarray: # (n, m)
+) -> np.ndarray:  # (n, m)
     "The rows of a layer's neurons on top of one another; raises `Diverged` if one is not finite."
-    parts = [arrays[f"{name}{message.layer}/{first}"] for first, _ in blocks(plan.parameters, message.layer)]
+    parts = [
+        arrays[f"{name}{message.layer}/{first}"]
+        for first, _ in blocks(plan.parameters, message.layer)
+    ]
     whole = parts[0] if len(parts) == 1 else np.vstack(parts)
     return finite(plan, message, message.layer, whole)
 
@@ -42,7 +58,8 @@ def run_forward(
 ) -> Arrays:
     "Stack the layer's activations; after the last layer, the cost and its derivative."
     A, l = stack(plan, message, arrays, "a"), message.layer
-    if l < plan.parameters.layers: return {f"A{l}": A}
+    if l < plan.parameters.layers:
+        return {f"A{l}": A}
     Y = labels(plan, message, services)
     return {f"A{l}": A, "cost": np.array(cost(A, Y)), f"dA{l}": cost_gradient(A, Y)}
 
@@ -54,7 +71,8 @@ def run_backward(
     arrays: dict[str, np.ndarray],  # dz of each block
 ) -> Arrays:
     "What the layer below is told."
-    if message.layer == 1: return {}
+    if message.layer == 1:
+        return {}
     W, *_ = layer_weights(plan, message, services, message.layer)
     return {f"dA{message.layer - 1}": input_gradient(W, stack(plan, message, arrays, "dz"))}
 
@@ -68,24 +86,38 @@ def run_start(
     "A mini-batch begins: nothing to compute yet."
     return {}
 
+
 DIRECTIONS = {"start": run_start, "forward": run_forward, "backward": run_backward}
+
 
 def needs(
     plan: Plan,
     message: Message,
 ) -> list[str]:
     "Names of the arrays that a step reads from its mini-batch."
-    rows = lambda name: [f"{name}{message.layer}/{first}" for first, _ in blocks(plan.parameters, message.layer)]
-    if message.direction == "start": return []
-    if message.direction == "forward": return rows("a")
-    return [*(rows("dz") if message.layer > 1 else []), *(["cost"] if message.layer <= 2 else [])]
+    rows = lambda name: [
+        f"{name}{message.layer}/{first}" for first, _ in blocks(plan.parameters, message.layer)
+    ]
+    if message.direction == "start":
+        return []
+    if message.direction == "forward":
+        return rows("a")
+    return [
+        *(rows("dz") if message.layer > 1 else []),
+        *(["cost"] if message.layer <= 2 else []),
+    ]
+
 
 def needed_blocks(
     plan: Plan,
     message: Message,
 ) -> list[Block]:
     "Whose weights a step needs."
-    return layer_blocks(plan, message.layer) if message.direction == "backward" and message.layer > 1 else []
+    return (
+        layer_blocks(plan, message.layer)
+        if message.direction == "backward" and message.layer > 1
+        else []
+    )
 
 # %% ../../nbs/handlers/03_trainer.ipynb #5bff75ad
 def next_messages(
@@ -107,15 +139,23 @@ def handle(
 ) -> None:
     "Take a mini-batch from one layer to the next."
     began, plan = time.perf_counter(), services.runs.plan(message.run)
-    status, arrays = begin(message, services, needs(plan, message), needed_blocks(plan, message))
-    if status != "open": return
+    status, arrays = begin(
+        message, services, needs(plan, message), needed_blocks(plan, message)
+    )
+    if status != "open":
+        return
     try:
-        with np.errstate(all="ignore"):  # what is not finite is reported by `finite`, with its place
+        with np.errstate(
+            all="ignore"
+        ):  # what is not finite is reported by `finite`, with its place
             computed = DIRECTIONS[message.direction](plan, message, services, arrays)
-    except Diverged as error: return end_early(plan, services, "failed", str(error))
+    except Diverged as error:
+        return end_early(plan, services, "failed", str(error))
     values, following, seconds = pack(message, computed), [], time.perf_counter() - began
-    if message.direction == "backward" and message.layer == 1: meet(plan, message, services, float(arrays["cost"]), seconds)
-    else: following = next_messages(plan, message, services, arrays | computed)
+    if message.direction == "backward" and message.layer == 1:
+        meet(plan, message, services, float(arrays["cost"]), seconds)
+    else:
+        following = next_messages(plan, message, services, arrays | computed)
     services.bus.finish(message, following, seconds, values)
     services.ledger.finished(message, seconds)
 
@@ -125,7 +165,7 @@ def handle(
 @in_time
 def lambda_handler(
     event: dict,  # a `Message`
-    context,      # from Lambda; None on one machine
+    context,  # from Lambda; None on one machine
 ) -> None:
     "TrainerLambda's entry."
     handle(msgspec.convert(event, Message), process_services())

@@ -20,33 +20,56 @@ def waits_for(
     status = services.runs.status(plan.run)
     epoch, hop = status.epoch + 1, (4 * plan.parameters.layers + 4) * (status.epoch + 1) + 1
     starts = epoch_messages(plan, epoch, status.source, hop)
-    waiting = [m for start in starts for m in missing(plan, start, services.runs.finished_steps(plan.run, start.batch, epoch))]
-    return waiting or [Message("LaunchLambda", "next", plan.run, epoch, source=status.source, hop=hop)]
+    waiting = [
+        m
+        for start in starts
+        for m in missing(
+            plan, start, services.runs.finished_steps(plan.run, start.batch, epoch)
+        )
+    ]
+    return waiting or [
+        Message("LaunchLambda", "next", plan.run, epoch, source=status.source, hop=hop)
+    ]
 
 # %% ../../nbs/handlers/05_watch.ipynb #81ae9292
 def mend(
     plan: Plan,
     services: Services,
-) -> list[Message]: # that were sent
+) -> list[Message]:  # that were sent
     "Send again what a run waits for."
     messages = waits_for(plan, services)
     services.bus.send(messages)
     services.runs.count(plan.run, "mended", len(messages))
     note(f"run {plan.run} stalled", Stalls=1)
     services.bus.settle()
-    services.topic.tell(f"Run {plan.name} stalled and was mended", f"It waited for {', '.join(m.id for m in messages[:20])}. These were sent again.")
+    services.topic.tell(
+        f"Run {plan.name} stalled and was mended",
+        f"It waited for {', '.join(m.id for m in messages[:20])}. These were sent again.",
+    )
     return messages
 
 # %% ../../nbs/handlers/05_watch.ipynb #2ae9a95a
 def lost(
     services: Services,
     bucket_name: str,
-) -> list[str]: # names of runs
+) -> list[str]:  # names of runs
     "Runs that the bucket knows and has no results of, and that the parameter server has forgotten."
     bucket = services.bucket(bucket_name)
-    names = [key.split("/")[1] for key in bucket.keys("training_checkpoints/") if key.endswith("/plan.json")]
-    ended = {key.split("/")[1] for key in bucket.keys("training_results/") if key.endswith(("/run.json", "/stopped.json"))}
-    return [name for name in names if name not in ended and not services.runs.knows(services.runs.newest(name))]
+    names = [
+        key.split("/")[1]
+        for key in bucket.keys("training_checkpoints/")
+        if key.endswith("/plan.json")
+    ]
+    ended = {
+        key.split("/")[1]
+        for key in bucket.keys("training_results/")
+        if key.endswith(("/run.json", "/stopped.json"))
+    }
+    return [
+        name
+        for name in names
+        if name not in ended and not services.runs.knows(services.runs.newest(name))
+    ]
 
 # %% ../../nbs/handlers/05_watch.ipynb #ab008470
 def progress(
@@ -56,16 +79,24 @@ def progress(
     "A number that grows as long as the run does."
     return sum(count.finished for count in services.ledger.counts(plan).values())
 
+
 def watch(
     services: Services,
     bucket_name: str = "",  # if not given, the environment's SNN_BUCKET; without one, no bucket is looked into
 ) -> None:
     "Look after all runs once."
     for run in services.runs.names():
-        if services.runs.status(run).state != "running" or not services.runs.knows(run): continue
+        if services.runs.status(run).state != "running" or not services.runs.knows(run):
+            continue
         plan = services.runs.plan(run)
-        if services.runs.newest(plan.name) != run: continue  # taken up again, whatever its status says
+        if services.runs.newest(plan.name) != run:
+            continue  # taken up again, whatever its status says
         services.bus.ready(plan)
-        if services.runs.still_for(run, progress(plan, services)) >= plan.parameters.stall_after: mend(plan, services)
+        if (
+            services.runs.still_for(run, progress(plan, services))
+            >= plan.parameters.stall_after
+        ):
+            mend(plan, services)
     bucket_name = bucket_name or services.environment.get("SNN_BUCKET", "")
-    for name in lost(services, bucket_name) if bucket_name else []: checkpoint.resume(name, services.bucket(bucket_name), services)
+    for name in lost(services, bucket_name) if bucket_name else []:
+        checkpoint.resume(name, services.bucket(bucket_name), services)

@@ -31,22 +31,27 @@ from ..maths.parameters import Parameters
 # %% ../../nbs/local/09_bench.ipynb #51cf1eb7
 class Timing(NamedTuple):
     "Seconds per epoch, over the repetitions."
+
     name: str
     median: float
     fastest: float
     slowest: float
-    ratio: float        # median of the ratios to plain NumPy in the same repetition
-    invocations: int    # per epoch; 0 for those that invoke nothing
+    ratio: float  # median of the ratios to plain NumPy in the same repetition
+    invocations: int  # per epoch; 0 for those that invoke nothing
+
 
 def in_turns(
-    cases: dict[Hashable, Callable[[int], float]],    # each takes the number of the turn, and returns seconds
+    cases: dict[
+        Hashable, Callable[[int], float]
+    ],  # each takes the number of the turn, and returns seconds
     repetitions: int,
-    say: Callable[[str], None]=lambda line: None,     # is told of each repetition
-) -> dict[Hashable, list[float]]: # seconds of each repetition
+    say: Callable[[str], None] = lambda line: None,  # is told of each repetition
+) -> dict[Hashable, list[float]]:  # seconds of each repetition
     "Time every case, one after the other, again and again."
     times: dict[Hashable, list[float]] = {name: [] for name in cases}
     for turn in range(repetitions):
-        for name, time_it in cases.items(): times[name].append(time_it(turn))
+        for name, time_it in cases.items():
+            times[name].append(time_it(turn))
         say(f"repetition {turn + 1} of {repetitions}")
     return times
 
@@ -54,10 +59,11 @@ def in_turns(
 def time_numpy(
     parameters: Parameters,
     datasets: data.Datasets,
-) -> float: # seconds per epoch
+) -> float:  # seconds per epoch
     "The reference."
     X, marks = data.standardise(datasets.train_x, parameters.dtype), []
-    for _ in train(parameters, X, datasets.train_y): marks.append(time.perf_counter())
+    for _ in train(parameters, X, datasets.train_y):
+        marks.append(time.perf_counter())
     return (marks[-1] - marks[1]) / (len(marks) - 2)
 
 # %% ../../nbs/local/09_bench.ipynb #0d066110
@@ -65,15 +71,20 @@ def time_run(
     cloud: LocalCloud,
     parameters: Parameters,
     datasets: Path,
-) -> float: # seconds per epoch
+) -> float:  # seconds per epoch
     "One run in a cloud on this machine that is up already."
     runs, first = cloud.services.runs, None
     name = run_id(cloud.upload(parameters, datasets), parameters)
     while (status := runs.status(name)).state == "running":
-        if first is None and status.epoch >= 1: first = status
-        time.sleep(.005)
-    if status.state != "finished": raise RuntimeError(f"run {name} {status.state}: {status.reason}")
-    if first is None: return time_run(cloud, msgspec.structs.replace(parameters, epochs=10 * parameters.epochs), datasets)  # it was over too soon to be timed
+        if first is None and status.epoch >= 1:
+            first = status
+        time.sleep(0.005)
+    if status.state != "finished":
+        raise RuntimeError(f"run {name} {status.state}: {status.reason}")
+    if first is None:
+        return time_run(
+            cloud, msgspec.structs.replace(parameters, epochs=10 * parameters.epochs), datasets
+        )  # it was over too soon to be timed
     last = msgspec.json.decode(cloud.bucket.get(f"training_results/{name}/run.json"))["ended"]
     return (last - first.updated) / (status.epoch - first.epoch)
 
@@ -81,135 +92,218 @@ def time_run(
 def time_sklearn(
     parameters: Parameters,
     datasets: data.Datasets,
-) -> float: # seconds per epoch
+) -> float:  # seconds per epoch
     "scikit-learn's MLPClassifier, of the same shape."
     from sklearn.neural_network import MLPClassifier
+
     X, epochs = data.standardise(datasets.train_x), parameters.epochs
-    peer = MLPClassifier(tuple(parameters.sizes[:-1]), solver="sgd", momentum=0, alpha=0, batch_size=min(parameters.batch_size, len(X)),
-                         learning_rate_init=parameters.learning_rate, random_state=0)
+    peer = MLPClassifier(
+        tuple(parameters.sizes[:-1]),
+        solver="sgd",
+        momentum=0,
+        alpha=0,
+        batch_size=min(parameters.batch_size, len(X)),
+        learning_rate_init=parameters.learning_rate,
+        random_state=0,
+    )
     peer.partial_fit(X, datasets.train_y, classes=[0, 1])
     began = time.perf_counter()
-    for _ in range(epochs): peer.partial_fit(X, datasets.train_y, classes=[0, 1])
+    for _ in range(epochs):
+        peer.partial_fit(X, datasets.train_y, classes=[0, 1])
     return (time.perf_counter() - began) / epochs
 
 # %% ../../nbs/local/09_bench.ipynb #7839f8f7
 def time_torch(
     parameters: Parameters,
     datasets: data.Datasets,
-) -> float: # seconds per epoch
+) -> float:  # seconds per epoch
     "PyTorch on the CPU, of the same shape, in float64."
     import torch
-    X, Y = torch.from_numpy(data.standardise(datasets.train_x)), torch.from_numpy(datasets.train_y).double()[:, None]
+
+    X, Y = (
+        torch.from_numpy(data.standardise(datasets.train_x)),
+        torch.from_numpy(datasets.train_y).double()[:, None],
+    )
     widths, layers, marks = [X.shape[1], *parameters.sizes], [], []
-    for n_prev, n in zip(widths, widths[1:]): layers += [torch.nn.Linear(n_prev, n, dtype=torch.float64), torch.nn.ReLU()]
+    for n_prev, n in zip(widths, widths[1:]):
+        layers += [torch.nn.Linear(n_prev, n, dtype=torch.float64), torch.nn.ReLU()]
     peer, loss = torch.nn.Sequential(*layers[:-1]), torch.nn.BCEWithLogitsLoss()
     optimizer = torch.optim.SGD(peer.parameters(), lr=parameters.learning_rate)
     for epoch in range(parameters.epochs):
         for batch in data.mini_batches(len(X), parameters.batch_size, 0, epoch):
-            optimizer.zero_grad(); loss(peer(X[batch]), Y[batch]).backward(); optimizer.step()
+            optimizer.zero_grad()
+            loss(peer(X[batch]), Y[batch]).backward()
+            optimizer.step()
         marks.append(time.perf_counter())
     return (marks[-1] - marks[1]) / (len(marks) - 2)
 
 # %% ../../nbs/local/09_bench.ipynb #195d871e
 class Peer(NamedTuple):
     "Somebody to compare with."
-    module: str   # that must be installed
+
+    module: str  # that must be installed
     install: str  # what brings it
     time: Callable[[Parameters, data.Datasets], float]
 
-PEERS = {"scikit-learn": Peer("sklearn", "pip install 'snn[bench]'", time_sklearn), "PyTorch": Peer("torch", "pip install torch", time_torch)}
+
+PEERS = {
+    "scikit-learn": Peer("sklearn", "pip install 'snn[bench]'", time_sklearn),
+    "PyTorch": Peer("torch", "pip install torch", time_torch),
+}
+
 
 def peers_here(
-    say: Callable[[str], None]=lambda line: None,  # is told of those that are left out
+    say: Callable[[str], None] = lambda line: None,  # is told of those that are left out
 ) -> dict[str, Peer]:
     "The peers that are installed."
-    missing = {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.module) is None}
-    for name, peer in missing.items(): say(f"{name} is not installed and left out; {peer.install} brings it")
+    missing = {
+        name: peer
+        for name, peer in PEERS.items()
+        if importlib.util.find_spec(peer.module) is None
+    }
+    for name, peer in missing.items():
+        say(f"{name} is not installed and left out; {peer.install} brings it")
     return {name: peer for name, peer in PEERS.items() if name not in missing}
 
 # %% ../../nbs/local/09_bench.ipynb #51420515
 GRANULARITIES = ("network", "layer", "neuron")
 NUMPY = "plain NumPy"
 
+
 def run_cases(
     cloud: LocalCloud,
     parameters: Parameters,  # granularity and seed are set here
-    datasets: Path,          # a datasets.h5
-    granularities: tuple[str, ...]=GRANULARITIES,
-) -> dict[str, Callable[[int], float]]: # for `in_turns`
+    datasets: Path,  # a datasets.h5
+    granularities: tuple[str, ...] = GRANULARITIES,
+) -> dict[str, Callable[[int], float]]:  # for `in_turns`
     "Plain NumPy, and a run at each granularity; each turn has another seed, and so another run."
     found = data.read(datasets)
+
     def case(granularity: str) -> Callable[[int], float]:
-        return lambda turn: time_run(cloud, msgspec.structs.replace(parameters, granularity=granularity, seed=turn), datasets)
-    return {NUMPY: lambda turn: time_numpy(parameters, found), **{granularity: case(granularity) for granularity in granularities}}
+        return lambda turn: time_run(
+            cloud,
+            msgspec.structs.replace(parameters, granularity=granularity, seed=turn),
+            datasets,
+        )
+
+    return {
+        NUMPY: lambda turn: time_numpy(parameters, found),
+        **{granularity: case(granularity) for granularity in granularities},
+    }
+
 
 def invocations(
     parameters: Parameters,
     images: int,  # to learn from
-) -> int: # per epoch
+) -> int:  # per epoch
     "How many functions an epoch invokes."
     return invocations_per_epoch(Plan("", parameters, "", "", images, 0, 0, ("", ""), "", ""))
 
+
 def bench(
-    parameters: Parameters,                               # of the network; granularity and epochs are set here
-    datasets: Path,                                       # a datasets.h5
-    epochs: int=60,                                       # of each run
-    repetitions: int=5,
-    granularities: tuple[str, ...]=GRANULARITIES,
-    workers: int | None=None,                             # as many as there are processors
-    say: Callable[[str], None]=lambda line: None,         # is told of peers left out, and of each repetition
+    parameters: Parameters,  # of the network; granularity and epochs are set here
+    datasets: Path,  # a datasets.h5
+    epochs: int = 60,  # of each run
+    repetitions: int = 5,
+    granularities: tuple[str, ...] = GRANULARITIES,
+    workers: int | None = None,  # as many as there are processors
+    say: Callable[[str], None] = lambda line: (
+        None
+    ),  # is told of peers left out, and of each repetition
 ) -> list[Timing]:
     "Time everybody in turns."
-    base, found = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.), data.read(datasets)
+    base, found = (
+        msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0),
+        data.read(datasets),
+    )
     chosen = lambda name: msgspec.structs.replace(base, granularity=name)
     with LocalCloud(workers) as cloud:
         cases = run_cases(cloud, base, datasets, granularities)
-        for name, peer in peers_here(say).items(): cases[name] = lambda turn, peer=peer: peer.time(base, found)
+        for name, peer in peers_here(say).items():
+            cases[name] = lambda turn, peer=peer: peer.time(base, found)
         times = in_turns(cases, repetitions, say)
     ratio = lambda taken: statistics.median(a / b for a, b in zip(taken, times[NUMPY]))
-    return [Timing(name, statistics.median(taken), min(taken), max(taken), ratio(taken), invocations(chosen(name), len(found.train_x)) if name in granularities else 0)
-            for name, taken in times.items()]
+    return [
+        Timing(
+            name,
+            statistics.median(taken),
+            min(taken),
+            max(taken),
+            ratio(taken),
+            invocations(chosen(name), len(found.train_x)) if name in granularities else 0,
+        )
+        for name, taken in times.items()
+    ]
 
 # %% ../../nbs/local/09_bench.ipynb #901f2c29
 def random_datasets(
-    images: int,   # to learn from
-    size: int,     # edge in pixels
+    images: int,  # to learn from
+    size: int,  # edge in pixels
     folder: Path,
-) -> Path: # of the datasets.h5
+) -> Path:  # of the datasets.h5
     "A data set of noise."
     rng, path = np.random.default_rng(0), folder / f"{images}-{size}.h5"
     x = rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8)
     data.write(data.Datasets(x, rng.integers(0, 2, images), x[:2], np.arange(2)), path)
     return path
 
+
 class Case(NamedTuple):
     "A place on an axis, and what is trained there."
+
     value: int
     parameters: Parameters
     datasets: Path
 
-def wider(parameters: Parameters, values: list[int], folder: Path, images: int=209, size: int=16) -> list[Case]:
+
+def wider(
+    parameters: Parameters, values: list[int], folder: Path, images: int = 209, size: int = 16
+) -> list[Case]:
     "More neurons in layer 1."
     datasets = random_datasets(images, size, folder)
-    return [Case(n, msgspec.structs.replace(parameters, neurons=parameters.neurons | {"layer1": n}), datasets) for n in values]
+    return [
+        Case(
+            n,
+            msgspec.structs.replace(parameters, neurons=parameters.neurons | {"layer1": n}),
+            datasets,
+        )
+        for n in values
+    ]
 
-def more_images(parameters: Parameters, values: list[int], folder: Path, size: int=16) -> list[Case]:
+
+def more_images(
+    parameters: Parameters, values: list[int], folder: Path, size: int = 16
+) -> list[Case]:
     "More images, in mini-batches of the same size."
-    return [Case(images, parameters, random_datasets(images, size, folder)) for images in values]
+    return [
+        Case(images, parameters, random_datasets(images, size, folder)) for images in values
+    ]
 
-def more_batches(parameters: Parameters, values: list[int], folder: Path, images: int=1024, size: int=16) -> list[Case]:
+
+def more_batches(
+    parameters: Parameters, values: list[int], folder: Path, images: int = 1024, size: int = 16
+) -> list[Case]:
     "The same images in more and smaller mini-batches."
     datasets = random_datasets(images, size, folder)
-    return [Case(batches, msgspec.structs.replace(parameters, batch_size=images // batches), datasets) for batches in values]
+    return [
+        Case(
+            batches,
+            msgspec.structs.replace(parameters, batch_size=images // batches),
+            datasets,
+        )
+        for batches in values
+    ]
 
 # %% ../../nbs/local/09_bench.ipynb #fd8b9b67
 class Point(NamedTuple):
     "Seconds per epoch at a place on an axis, over the repetitions."
-    name: str      # granularity, or plain NumPy
+
+    name: str  # granularity, or plain NumPy
     value: int
     median: float
     fastest: float
     slowest: float
+
 
 def enough_epochs(
     parameters: Parameters,
@@ -217,76 +311,111 @@ def enough_epochs(
     seconds: float,  # of plain NumPy
 ) -> Parameters:
     "The parameters with as many epochs as can be measured."
-    few = msgspec.structs.replace(parameters, epochs=5, threshold=0.)
-    return msgspec.structs.replace(few, epochs=max(5, min(60, round(seconds / time_numpy(few, data.read(datasets))))))
+    few = msgspec.structs.replace(parameters, epochs=5, threshold=0.0)
+    return msgspec.structs.replace(
+        few, epochs=max(5, min(60, round(seconds / time_numpy(few, data.read(datasets)))))
+    )
+
 
 def points(
     times: dict[tuple[str, int], list[float]],  # from `in_turns`, by name and value
 ) -> list[Point]:
-    return [Point(*where, statistics.median(taken), min(taken), max(taken)) for where, taken in times.items()]
+    return [
+        Point(*where, statistics.median(taken), min(taken), max(taken))
+        for where, taken in times.items()
+    ]
+
 
 def grow(
     cloud: LocalCloud,
     cases: list[Case],
-    repetitions: int=3,
-    granularities: tuple[str, ...]=GRANULARITIES,
-    seconds: float=.15,
+    repetitions: int = 3,
+    granularities: tuple[str, ...] = GRANULARITIES,
+    seconds: float = 0.15,
 ) -> list[Point]:
     "Time the cases in turns."
     timed = {}
     for value, parameters, datasets in cases:
         chosen = enough_epochs(parameters, datasets, seconds)
-        timed |= {(name, value): case for name, case in run_cases(cloud, chosen, datasets, granularities).items()}
+        timed |= {
+            (name, value): case
+            for name, case in run_cases(cloud, chosen, datasets, granularities).items()
+        }
     return points(in_turns(timed, repetitions))
 
 # %% ../../nbs/local/09_bench.ipynb #ff8ae3aa
 class Line(NamedTuple):
     "Seconds per epoch = once + each * value."
+
     once: float
     each: float
     farthest: float  # how many times the line, or part of it, the point takes that is farthest from it; 1 if all are on it
+
 
 def straight(
     found: list[Point],  # of one name
 ) -> Line:
     "The line through points, with neither part below zero."
-    values, seconds = (np.array([getattr(point, field) for point in found], float) for field in ("value", "median"))
+    values, seconds = (
+        np.array([getattr(point, field) for point in found], float)
+        for field in ("value", "median")
+    )
     terms = np.array([np.ones_like(values), values]) / seconds
     once, each = np.linalg.lstsq(terms.T, np.ones_like(values), rcond=None)[0].tolist()
-    if once < 0: once, each = 0., float(terms[1].sum() / (terms[1] ** 2).sum())
-    if each < 0: once, each = float(terms[0].sum() / (terms[0] ** 2).sum()), 0.
+    if once < 0:
+        once, each = 0.0, float(terms[1].sum() / (terms[1] ** 2).sum())
+    if each < 0:
+        once, each = float(terms[0].sum() / (terms[0] ** 2).sum()), 0.0
     off = np.log(seconds / (once + each * values))
     return Line(once, each, float(np.exp(off[np.abs(off).argmax()])))
 
+
 def lines(
     found: list[Point],
-) -> dict[str, Line]: # by name
+) -> dict[str, Line]:  # by name
     "The line of each granularity, and of plain NumPy."
-    return {name: straight([point for point in found if point.name == name]) for name in dict.fromkeys(point.name for point in found)}
+    return {
+        name: straight([point for point in found if point.name == name])
+        for name in dict.fromkeys(point.name for point in found)
+    }
 
 # %% ../../nbs/local/09_bench.ipynb #2308442f
 class Moment(NamedTuple):
     "A stretch of a run."
-    epoch: int      # up to which it goes
+
+    epoch: int  # up to which it goes
     seconds: float  # per epoch
-    memory: int     # bytes that the parameter server used at most
+    memory: int  # bytes that the parameter server used at most
+
 
 def long_run(
     cloud: LocalCloud,
     parameters: Parameters,
     datasets: Path,
     marks: list[int],  # epochs at which a stretch ends; the last is the last of the run
-) -> list[Moment]: # one for each mark but the first
+) -> list[Moment]:  # one for each mark but the first
     "Time the stretches of one run."
-    runs, server, chosen = cloud.services.runs, cloud.services.store.client, msgspec.structs.replace(parameters, epochs=marks[-1], threshold=0.)
+    runs, server, chosen = (
+        cloud.services.runs,
+        cloud.services.store.client,
+        msgspec.structs.replace(parameters, epochs=marks[-1], threshold=0.0),
+    )
     name, found, before, most = run_id(cloud.upload(chosen, datasets), chosen), [], None, 0
     while len(found) < len(marks) - 1:
         status, most = runs.status(name), max(most, server.info("memory")["used_memory"])
         if status.epoch + 1 >= marks[len(found) + (before is not None)]:
-            if before: found.append(Moment(status.epoch + 1, (status.updated - before.updated) / (status.epoch - before.epoch), most))
+            if before:
+                found.append(
+                    Moment(
+                        status.epoch + 1,
+                        (status.updated - before.updated) / (status.epoch - before.epoch),
+                        most,
+                    )
+                )
             before, most = status, 0
-        elif status.state != "running": raise RuntimeError(f"run {name} {status.state}: {status.reason}")
-        time.sleep(.01)
+        elif status.state != "running":
+            raise RuntimeError(f"run {name} {status.state}: {status.reason}")
+        time.sleep(0.01)
     return found
 
 # %% ../../nbs/local/09_bench.ipynb #62a1591b
@@ -294,15 +423,17 @@ def more_workers(
     counts: list[int],  # of workers
     parameters: Parameters,
     datasets: Path,
-    repetitions: int=3,
-    granularities: tuple[str, ...]=GRANULARITIES,
-    seconds: float=.15,
+    repetitions: int = 3,
+    granularities: tuple[str, ...] = GRANULARITIES,
+    seconds: float = 0.15,
 ) -> list[Point]:
     "Time a run with few and with many workers."
     chosen, timed = enough_epochs(parameters, datasets, seconds), {}
     with ExitStack() as stack:
         for count in counts:
-            cases = run_cases(stack.enter_context(LocalCloud(count)), chosen, datasets, granularities)
+            cases = run_cases(
+                stack.enter_context(LocalCloud(count)), chosen, datasets, granularities
+            )
             timed |= {(name, count): case for name, case in cases.items() if name != NUMPY}
         return points(in_turns(timed, repetitions))
 
@@ -310,16 +441,23 @@ def more_workers(
 def half_bytes(
     parameters: Parameters,
     datasets: Path,
-    epochs: int=60,
-    repetitions: int=3,
-    granularities: tuple[str, ...]=GRANULARITIES,
-    workers: int | None=None,
-) -> dict[str, float]: # by name
+    epochs: int = 60,
+    repetitions: int = 3,
+    granularities: tuple[str, ...] = GRANULARITIES,
+    workers: int | None = None,
+) -> dict[str, float]:  # by name
     "Time of an epoch in float32, as part of one in float64: median over the repetitions."
-    base, timed = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.), {}
+    base, timed = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0), {}
     with LocalCloud(workers) as cloud:
         for dtype in ("float64", "float32"):
-            cases = run_cases(cloud, msgspec.structs.replace(base, dtype=dtype), datasets, granularities)
+            cases = run_cases(
+                cloud, msgspec.structs.replace(base, dtype=dtype), datasets, granularities
+            )
             timed |= {(name, dtype): case for name, case in cases.items()}
         times = in_turns(dict(sorted(timed.items())), repetitions)
-    return {name: statistics.median(a / b for a, b in zip(times[name, "float32"], times[name, "float64"])) for name in (NUMPY, *granularities)}
+    return {
+        name: statistics.median(
+            a / b for a, b in zip(times[name, "float32"], times[name, "float64"])
+        )
+        for name in (NUMPY, *granularities)
+    }

@@ -27,6 +27,7 @@ from ..maths.parameters import Parameters
 # %% ../../nbs/local/03_cloud.ipynb #7f8280af
 BUCKET, INBOX = "snn", "snn-uploads"
 
+
 def create_bucket(
     aws,
     name: str,
@@ -34,42 +35,75 @@ def create_bucket(
 ) -> None:
     "A bucket that tells of every data set put under training_input/."
     s3 = aws.client("s3")
-    if name not in [b["Name"] for b in s3.list_buckets()["Buckets"]]: s3.create_bucket(Bucket=name)
+    if name not in [b["Name"] for b in s3.list_buckets()["Buckets"]]:
+        s3.create_bucket(Bucket=name)
     rules = [{"Name": "prefix", "Value": "training_input/"}, {"Name": "suffix", "Value": "h5"}]
-    s3.put_bucket_notification_configuration(Bucket=name, NotificationConfiguration={"QueueConfigurations": [
-        {"QueueArn": inbox, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": rules}}}]})
+    s3.put_bucket_notification_configuration(
+        Bucket=name,
+        NotificationConfiguration={
+            "QueueConfigurations": [
+                {
+                    "QueueArn": inbox,
+                    "Events": ["s3:ObjectCreated:*"],
+                    "Filter": {"Key": {"FilterRules": rules}},
+                }
+            ]
+        },
+    )
 
 # %% ../../nbs/local/03_cloud.ipynb #b1d63cfb
 def _lambda_workers() -> type:
     "Workers that run the Lambda packages; imported when wanted, since they build packages."
     from snn.local.lambda_runtime import LambdaWorkers
+
     return LambdaWorkers
+
 
 class LocalCloud:
     "Everything that AWS would provide, on this machine, for as long as it is not closed."
-    def __init__(self,
-        workers: int | None=None,  # as many as there are processors
-        ledger: str="store",       # or dynamodb
-        bucket: str=BUCKET,
-        runtime: str="inline",     # handlers in our own workers; or lambda, the real packages in Lambda's own client
+
+    def __init__(
+        self,
+        workers: int | None = None,  # as many as there are processors
+        ledger: str = "store",  # or dynamodb
+        bucket: str = BUCKET,
+        runtime: str = "inline",  # handlers in our own workers; or lambda, the real packages in Lambda's own client
     ):
         self.closing, self._opened, self.failed = threading.Event(), [], ""
-        try: self._open(workers, ledger, bucket, runtime)
-        except BaseException: self.close(); raise
+        try:
+            self._open(workers, ledger, bucket, runtime)
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, workers: int | None, ledger: str, bucket: str, runtime: str) -> None:
-        self.aws, ready = start_aws(); self._opened.append(self.aws)
-        self.server = parameter_server(); self._opened.append(self.server)
-        self.namespace = "" if self.server.watchman else f"snn-{uuid4().hex[:12]}:"  # another cloud may be on the same server
-        self.environment = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_REDIS_NAMESPACE": self.namespace,
-                            "SNN_LEDGER": ledger, "SNN_BUCKET": bucket}
-        self.workers = (Workers if runtime == "inline" else _lambda_workers())(self.environment, workers); self._opened.append(self.workers)
+        self.aws, ready = start_aws()
+        self._opened.append(self.aws)
+        self.server = parameter_server()
+        self._opened.append(self.server)
+        self.namespace = (
+            "" if self.server.watchman else f"snn-{uuid4().hex[:12]}:"
+        )  # another cloud may be on the same server
+        self.environment = {
+            **self.aws.environment(),
+            "SNN_REDIS_URL": self.server.url,
+            "SNN_REDIS_NAMESPACE": self.namespace,
+            "SNN_LEDGER": ledger,
+            "SNN_BUCKET": bucket,
+        }
+        self.workers = (Workers if runtime == "inline" else _lambda_workers())(
+            self.environment, workers
+        )
+        self._opened.append(self.workers)
         self.services, self.bucket_name = Services(self.workers.environment), bucket
         self.aws.wait(ready)
-        if ledger == "dynamodb": create_tables(self.aws.client("dynamodb"))
+        if ledger == "dynamodb":
+            create_tables(self.aws.client("dynamodb"))
         self.sqs = self.aws.client("sqs")
         self.inbox = self.sqs.create_queue(QueueName=INBOX)["QueueUrl"]
-        arn = self.sqs.get_queue_attributes(QueueUrl=self.inbox, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        arn = self.sqs.get_queue_attributes(QueueUrl=self.inbox, AttributeNames=["QueueArn"])[
+            "Attributes"
+        ]["QueueArn"]
         create_bucket(self.aws, bucket, arn)
         self.bucket = Bucket(self.aws.client("s3"), bucket)
         self.own = Services(self.workers.environment)  # of the thread that carries
@@ -80,27 +114,42 @@ class LocalCloud:
 
     def _carry(self) -> None:
         "Carry on until the cloud is closed, or say in `failed` why that is not possible."
-        try: self._carry_on()
-        except Exception as error: self.failed = f"the cloud on this machine has failed: {str(error) or type(error).__name__}"
+        try:
+            self._carry_on()
+        except Exception as error:
+            self.failed = (
+                f"the cloud on this machine has failed: {str(error) or type(error).__name__}"
+            )
 
     def _carry_on(self) -> None:
         "Carry upload events from SQS to LaunchLambda, and look after workers, server and runs."
         while not self.closing.is_set():
-            found = self.sqs.receive_message(QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10)
+            found = self.sqs.receive_message(
+                QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10
+            )
             try:
                 for message in found.get("Messages", []):
                     self._hand_over(message["Body"])
-                    self.sqs.delete_message(QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"])
-                if not self.closing.is_set(): self._look_after()
-            except (redis.ConnectionError, redis.TimeoutError): self._restart_server()
+                    self.sqs.delete_message(
+                        QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"]
+                    )
+                if not self.closing.is_set():
+                    self._look_after()
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._restart_server()
 
     def _hand_over(self, body: str) -> None:
         "Put an event into LaunchLambda's queue; what is no event is put aside."
-        try: msgspec.json.decode(body, type=dict)
+        try:
+            msgspec.json.decode(body, type=dict)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             self.own.bus.put_aside(body, f"not an event: {error}")
-            self.own.runs.refuse("a message", f"a message to {INBOX} was put aside, since it is not an event: {error}")
-        else: self.own.bus.put(Envelope("LaunchLambda", Raw(body.encode())))
+            self.own.runs.refuse(
+                "a message",
+                f"a message to {INBOX} was put aside, since it is not an event: {error}",
+            )
+        else:
+            self.own.bus.put(Envelope("LaunchLambda", Raw(body.encode())))
         self.own.store.flush()
 
     def _look_after(self) -> None:
@@ -114,9 +163,12 @@ class LocalCloud:
 
     def _restart_server(self) -> None:
         "Start the parameter server again where it was; wait for one of somebody else's."
-        if self.closing.is_set() or answers(self.server.url)(): return
-        if not self.server.watchman: return self._await_server()
-        if listens_at(self.server.url): return  # it is there, and busy
+        if self.closing.is_set() or answers(self.server.url)():
+            return
+        if not self.server.watchman:
+            return self._await_server()
+        if listens_at(self.server.url):
+            return  # it is there, and busy
         self._opened.remove(self.server)
         self.server.close()
         self.server = parameter_server(self.server.folder)
@@ -125,28 +177,47 @@ class LocalCloud:
     def _await_server(self) -> None:
         "Wait for a parameter server that is not ours to start; raises `Refusing` if it takes too long."
         ready, deadline = answers(self.server.url), time.monotonic() + PATIENCE
-        while not self.closing.wait(.2) and not ready():
-            if time.monotonic() > deadline: raise Refusing(f"the parameter server has not answered for {PATIENCE:g} s")
+        while not self.closing.wait(0.2) and not ready():
+            if time.monotonic() > deadline:
+                raise Refusing(f"the parameter server has not answered for {PATIENCE:g} s")
 
     def _leave_server(self) -> None:
         "Take away what would stay for ever on a parameter server of somebody else's; the runs' values go by themselves in time."
-        hands = [key(f"worker{i}") for i in range(self.workers.count) for key in (taken_by, meant_for)]
+        hands = [
+            key(f"worker{i}")
+            for i in range(self.workers.count)
+            for key in (taken_by, meant_for)
+        ]
         lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", "snn:refused"]
-        try: connect(self.server.url, namespace=self.namespace).unlink(*lasting)
-        except (redis.RedisError, Refusing): pass  # the server has gone
+        try:
+            connect(self.server.url, namespace=self.namespace).unlink(*lasting)
+        except (redis.RedisError, Refusing):
+            pass  # the server has gone
 
     def upload(self, parameters: Parameters, datasets: Path | str) -> Upload:
         "Put parameters and data where they start a run, as anybody with the AWS command line could."
         self.bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
-        answer = self.bucket.client.put_object(Bucket=self.bucket_name, Key="training_input/datasets.h5", Body=Path(datasets).read_bytes())
-        return Upload(self.bucket_name, "training_input/datasets.h5", answer["ETag"].strip('"'))
+        answer = self.bucket.client.put_object(
+            Bucket=self.bucket_name,
+            Key="training_input/datasets.h5",
+            Body=Path(datasets).read_bytes(),
+        )
+        return Upload(
+            self.bucket_name, "training_input/datasets.h5", answer["ETag"].strip('"')
+        )
 
     def close(self) -> None:
         "Stop everything and leave nothing behind."
         self.closing.set()
-        if hasattr(self, "carrier"): self.carrier.join()
-        while self._opened: self._opened.pop().close()
-        if getattr(self, "namespace", "") and hasattr(self, "workers"): self._leave_server()
+        if hasattr(self, "carrier"):
+            self.carrier.join()
+        while self._opened:
+            self._opened.pop().close()
+        if getattr(self, "namespace", "") and hasattr(self, "workers"):
+            self._leave_server()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()

@@ -32,53 +32,79 @@ KINDS = ("duplicate", "lose", "delay", "die", "twins", "amnesia", "hiccup", "ref
 
 FORGETS = 3  # times that the server loses all in a run: oftener than there is a checkpoint, and no run could ever end
 
+
 class Died(BaseException):
     "A handler was killed. Not an `Exception`: no handler may catch it, as none could."
+
 
 class Refused(RuntimeError):
     "A service failed."
 
+
 class Schedule(NamedTuple):
     "What goes wrong, and how often."
+
     seed: int
     kinds: tuple[str, ...] = KINDS
-    rate: float = .1   # faults per message
+    rate: float = 0.1  # faults per message
 
 # %% ../../nbs/local/08_faults.ipynb #db8aea1f
 class Trap:
     "Stands in front of an adapter; at the chosen request it makes the handler die, or lets the twin run."
-    def __init__(self, lab, adapter): self.__dict__.update(lab=lab, adapter=adapter)
+
+    def __init__(self, lab, adapter):
+        self.__dict__.update(lab=lab, adapter=adapter)
+
     def __getattr__(self, name):
         found = getattr(self.adapter, name)
-        if not callable(found) or name.startswith("_"): return found
+        if not callable(found) or name.startswith("_"):
+            return found
+
         def request(*arguments, **named):
             self.lab.before_request()
             answer = found(*arguments, **named)
             self.lab.after_request()
             return answer
+
         return request
+
 
 class LabBus(Bus):
     "Keeps messages for the lab; what waits in the store's outbox goes first, as with Lambda."
-    def __init__(self, store): self.store, self.sent = store, []
-    def send(self, messages): self.store.flush(); self.sent.extend(messages)
+
+    def __init__(self, store):
+        self.store, self.sent = store, []
+
+    def send(self, messages):
+        self.store.flush()
+        self.sent.extend(messages)
+
 
 class LabBucket(dict):
     "Files in memory."
+
     __hash__ = object.__hash__
+
     def get(self, key):
-        if key not in self: raise InputError(f"{key}: no such file")
+        if key not in self:
+            raise InputError(f"{key}: no such file")
         return self[key]
-    def put(self, key, content): self[key] = content
-    def keys(self, prefix=""): return [key for key in list(super().keys()) if key.startswith(prefix)]
+
+    def put(self, key, content):
+        self[key] = content
+
+    def keys(self, prefix=""):
+        return [key for key in list(super().keys()) if key.startswith(prefix)]
 
 # %% ../../nbs/local/08_faults.ipynb #924a56cb
 class Lab:
     "A cloud for one run."
-    def __init__(self,
+
+    def __init__(
+        self,
         schedule: Schedule,
-        url: str,                    # of the parameter server
-        files: dict[str, bytes],     # that lie in the bucket at first
+        url: str,  # of the parameter server
+        files: dict[str, bytes],  # that lie in the bucket at first
     ):
         self.random, self.schedule = random.Random(schedule.seed), schedule
         self.url, self.bucket = url, LabBucket(files)
@@ -92,7 +118,10 @@ class Lab:
     def _connect(self) -> Services:
         services = Services({"SNN_REDIS_URL": self.url})
         store = services.store
-        services.__dict__["store"], services.__dict__["runs"] = Trap(self, store), services.runs
+        services.__dict__["store"], services.__dict__["runs"] = (
+            Trap(self, store),
+            services.runs,
+        )
         services.__dict__["bus"] = Trap(self, LabBus(services.store))
         services.__dict__["topic"] = Trap(self, Topic())
         services._buckets["lab"] = Trap(self, self.bucket)
@@ -100,24 +129,35 @@ class Lab:
 
     def happens(self, kind: str) -> bool:
         "Does this fault happen now?"
-        found = kind in self.schedule.kinds and self.random.random() < self.schedule.rate / (20 if kind in ("amnesia", "hiccup") else 1)
-        if kind == "amnesia" and self.injected[kind] == FORGETS: return False
+        found = kind in self.schedule.kinds and self.random.random() < self.schedule.rate / (
+            20 if kind in ("amnesia", "hiccup") else 1
+        )
+        if kind == "amnesia" and self.injected[kind] == FORGETS:
+            return False
         self.injected[kind] += found
         return found
 
     def before_request(self) -> None:
-        if self.when == "before": self._tick()
+        if self.when == "before":
+            self._tick()
 
     def after_request(self) -> None:
-        if self.when == "after": self._tick()
+        if self.when == "after":
+            self._tick()
 
     def _tick(self) -> None:
         "Count a request; at the last of the countdown the fault happens."
         self.countdown -= 1
-        if self.countdown == 0: self.what()
+        if self.countdown == 0:
+            self.what()
 
 # %% ../../nbs/local/08_faults.ipynb #3758791c
-HANDLERS = {"LaunchLambda": launch.handle, "TrainerLambda": trainer.handle, "NeuronLambda": neuron.handle}
+HANDLERS = {
+    "LaunchLambda": launch.handle,
+    "TrainerLambda": trainer.handle,
+    "NeuronLambda": neuron.handle,
+}
+
 
 def invoke(
     lab: Lab,
@@ -126,33 +166,60 @@ def invoke(
     "Run a message's handler as Lambda would: if it fails, up to two times again."
     for _ in range(3):
         lab.invocations += 1
-        try: HANDLERS[message.function](message, lab.services); lab.services.bus.settle(); return
-        except (Incomplete, Refused): lab.services.store.waiting.clear()
-        except Died: lab.services.store.waiting.clear(); forget(); return
+        try:
+            HANDLERS[message.function](message, lab.services)
+            lab.services.bus.settle()
+            return
+        except (Incomplete, Refused):
+            lab.services.store.waiting.clear()
+        except Died:
+            lab.services.store.waiting.clear()
+            forget()
+            return
+
 
 def arm(
     lab: Lab,
     message: Message,
 ) -> None:
     "Decide what happens to the handler of this message, and at which of its requests."
-    def die(): raise Died
-    def refuse(): raise Refused
-    def twin(): waiting, lab.services.store.waiting[:] = list(lab.services.store.waiting), []; invoke(lab, message); lab.services.store.waiting[:] = waiting
+
+    def die():
+        raise Died
+
+    def refuse():
+        raise Refused
+
+    def twin():
+        waiting, lab.services.store.waiting[:] = list(lab.services.store.waiting), []
+        invoke(lab, message)
+        lab.services.store.waiting[:] = waiting
+
     lab.countdown, lab.when = -1, lab.random.choice(("before", "after"))
     for kind, action in (("die", die), ("refuse", refuse), ("twins", twin)):
-        if lab.happens(kind): lab.countdown, lab.what = lab.random.randint(1, 6), action
+        if lab.happens(kind):
+            lab.countdown, lab.what = lab.random.randint(1, 6), action
+
 
 def deliver(
     lab: Lab,
 ) -> None:
     "Deliver the next message, or do not."
-    message = lab.queue.pop(lab.random.randrange(len(lab.queue)) if lab.happens("delay") else 0)
-    if lab.happens("lose"): return
-    if lab.happens("duplicate"): (lab.queue if lab.random.random() < .5 else lab.late).append(message)
-    if lab.late and lab.random.random() < .02: lab.queue.append(lab.late.pop(0))
-    if lab.happens("amnesia"): lab.services.store.adapter.client.execute_command("FLUSH" + "ALL")
-    if lab.happens("hiccup"): lab.services.store.adapter.client.script_flush()
-    if lab.happens("cold"): forget()
+    message = lab.queue.pop(
+        lab.random.randrange(len(lab.queue)) if lab.happens("delay") else 0
+    )
+    if lab.happens("lose"):
+        return
+    if lab.happens("duplicate"):
+        (lab.queue if lab.random.random() < 0.5 else lab.late).append(message)
+    if lab.late and lab.random.random() < 0.02:
+        lab.queue.append(lab.late.pop(0))
+    if lab.happens("amnesia"):
+        lab.services.store.adapter.client.execute_command("FLUSH" + "ALL")
+    if lab.happens("hiccup"):
+        lab.services.store.adapter.client.script_flush()
+    if lab.happens("cold"):
+        forget()
     arm(lab, message)
     invoke(lab, message)
     lab.countdown = -1
@@ -160,10 +227,12 @@ def deliver(
 # %% ../../nbs/local/08_faults.ipynb #6b29ce66
 class Result(NamedTuple):
     "How a run in the lab ended."
+
     layers: list[tuple[np.ndarray, np.ndarray]]
     invocations: int
     injected: Counter
-    mended: int        # times that the watchdog had to help
+    mended: int  # times that the watchdog had to help
+
 
 def look_after(
     lab: Lab,
@@ -172,81 +241,133 @@ def look_after(
     "What the watchdog does, without waiting for its hour."
     services = lab.services
     run = services.runs.newest(name)
-    if not services.runs.knows(run): checkpoint.resume(name, services.bucket("lab"), services)
-    else: watch.mend(services.runs.plan(run), services)
+    if not services.runs.knows(run):
+        checkpoint.resume(name, services.bucket("lab"), services)
+    else:
+        watch.mend(services.runs.plan(run), services)
+
 
 def run_in_lab(
     schedule: Schedule,
-    url: str,                 # of a parameter server that nobody else uses
+    url: str,  # of a parameter server that nobody else uses
     parameters: Parameters,
-    datasets: bytes,          # content of a datasets.h5
-    limit: int=100_000,       # invocations after which the run is given up
+    datasets: bytes,  # content of a datasets.h5
+    limit: int = 100_000,  # invocations after which the run is given up
 ) -> Result:
     "Train under faults; raises `RuntimeError` if the run ends in any other way than finished."
-    files = {"training_input/datasets.h5": datasets, "training_input/parameters.json": msgspec.json.encode(parameters)}
-    lab, upload, mended = Lab(schedule, url, files), Upload("lab", "training_input/datasets.h5", str(schedule)), 0
+    files = {
+        "training_input/datasets.h5": datasets,
+        "training_input/parameters.json": msgspec.json.encode(parameters),
+    }
+    lab, upload, mended = (
+        Lab(schedule, url, files),
+        Upload("lab", "training_input/datasets.h5", str(schedule)),
+        0,
+    )
     lab.services.store.adapter.client.execute_command("FLUSH" + "ALL")
-    launch.handle_upload(upload, lab.services); lab.services.bus.settle()
+    launch.handle_upload(upload, lab.services)
+    lab.services.bus.settle()
     name = launch.run_id(upload, parameters)
     while f"training_results/{name}/run.json" not in lab.bucket or not _ended(lab, name):
-        lab.queue += lab.bus.sent; lab.bus.sent.clear()
-        if lab.invocations > limit: raise RuntimeError(f"{schedule}: no end after {limit} invocations")
-        if lab.queue: deliver(lab)
-        elif not lab.bus.sent: look_after(lab, name); mended += 1
-    return Result(_weights(lab.bucket["prediction_input/params.h5"]), lab.invocations, lab.injected, mended)
+        lab.queue += lab.bus.sent
+        lab.bus.sent.clear()
+        if lab.invocations > limit:
+            raise RuntimeError(f"{schedule}: no end after {limit} invocations")
+        if lab.queue:
+            deliver(lab)
+        elif not lab.bus.sent:
+            look_after(lab, name)
+            mended += 1
+    return Result(
+        _weights(lab.bucket["prediction_input/params.h5"]),
+        lab.invocations,
+        lab.injected,
+        mended,
+    )
 
 # %% ../../nbs/local/08_faults.ipynb #ff83fbf2
 def _ended(lab: Lab, name: str) -> bool:
     "Has the run finished? Raises `RuntimeError` if it failed."
     runs = lab.services.runs
-    if not runs.knows(runs.newest(name)): return True  # its results are there, and the server has forgotten it since
+    if not runs.knows(runs.newest(name)):
+        return True  # its results are there, and the server has forgotten it since
     status = runs.status(runs.newest(name))
-    if status.state in ("failed", "stopped"): raise RuntimeError(f"{lab.schedule}: {status.reason}")
+    if status.state in ("failed", "stopped"):
+        raise RuntimeError(f"{lab.schedule}: {status.reason}")
     return status.state == "finished"
+
 
 def _weights(content: bytes) -> list[Layer]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "params.h5").write_bytes(content)
         return model.read(f"{folder}/params.h5").layers
 
+
 def same(
     one: list[Layer],
     two: list[Layer],
 ) -> bool:
     "Are the weights equal, to the byte?"
-    return all(a.tobytes() == b.tobytes() for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
+    return all(
+        a.tobytes() == b.tobytes()
+        for x, y in zip(one, two, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 # %% ../../nbs/local/08_faults.ipynb #7f314e12
-SMALL = {"epochs": 6, "layers": 3, "neurons": {"layer1": 4, "layer2": 3, "layer3": 1}, "learning_rate": .1, "batch_size": 6, "threshold": 0,
-         "activations": {"layer1": "relu", "layer2": "tanh", "layer3": "sigmoid"}, "checkpoint_every": 2}
+SMALL = {
+    "epochs": 6,
+    "layers": 3,
+    "neurons": {"layer1": 4, "layer2": 3, "layer3": 1},
+    "learning_rate": 0.1,
+    "batch_size": 6,
+    "threshold": 0,
+    "activations": {"layer1": "relu", "layer2": "tanh", "layer3": "sigmoid"},
+    "checkpoint_every": 2,
+}
+
 
 def small_datasets() -> bytes:
     "A data set of sixteen pictures of 4x4 pixels, as a file's content."
     rng = np.random.default_rng(0)
     pictures = lambda m: rng.integers(0, 256, (m, 4, 4, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        data.write(data.Datasets(pictures(16), np.arange(16) % 2, pictures(4), np.arange(4) % 2), f"{folder}/datasets.h5")
+        data.write(
+            data.Datasets(pictures(16), np.arange(16) % 2, pictures(4), np.arange(4) % 2),
+            f"{folder}/datasets.h5",
+        )
         return Path(folder, "datasets.h5").read_bytes()
+
 
 class Row(NamedTuple):
     "What a kind of fault did to a number of runs."
+
     faults: str
     runs: int
     injected: int
     mended: int
-    equal: int         # runs with weights equal to the run in peace
-    invocations: float # compared with the run in peace
+    equal: int  # runs with weights equal to the run in peace
+    invocations: float  # compared with the run in peace
+
 
 def table_row(
     kinds: tuple[str, ...],
     seeds: range,
-    url: str,                # of a parameter server that nobody else uses
+    url: str,  # of a parameter server that nobody else uses
     parameters: Parameters,
-    datasets: bytes,         # content of a datasets.h5
-    rate: float=.1,          # faults per message
+    datasets: bytes,  # content of a datasets.h5
+    rate: float = 0.1,  # faults per message
 ) -> Row:
     "Run a number of schedules and compare."
     peace = run_in_lab(Schedule(0, ()), url, parameters, datasets)
-    results = [run_in_lab(Schedule(seed, kinds, rate), url, parameters, datasets) for seed in seeds]
-    return Row(kinds[0] if len(kinds) == 1 else "all", len(results), sum(sum(r.injected.values()) for r in results), sum(r.mended for r in results),
-               sum(same(r.layers, peace.layers) for r in results), sum(r.invocations for r in results) / len(results) / peace.invocations)
+    results = [
+        run_in_lab(Schedule(seed, kinds, rate), url, parameters, datasets) for seed in seeds
+    ]
+    return Row(
+        kinds[0] if len(kinds) == 1 else "all",
+        len(results),
+        sum(sum(r.injected.values()) for r in results),
+        sum(r.mended for r in results),
+        sum(same(r.layers, peace.layers) for r in results),
+        sum(r.invocations for r in results) / len(results) / peace.invocations,
+    )

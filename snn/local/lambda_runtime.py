@@ -34,82 +34,137 @@ from ..maths.parameters import InputError
 # %% ../../nbs/local/07_lambda_runtime.ipynb #e06dbd79
 class Connection(asyncio.Protocol):
     "Reads one request after the other and hands each to `answer`."
-    def __init__(self, answer: Callable): self.answer, self.buffer = answer, b""
 
-    def connection_made(self, transport: asyncio.Transport) -> None: self.transport = transport
+    def __init__(self, answer: Callable):
+        self.answer, self.buffer = answer, b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         while (end := self.buffer.find(b"\r\n\r\n") + 4) > 3:
-            first, *lines = self.buffer[:end - 4].decode("latin-1").split("\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+            first, *lines = self.buffer[: end - 4].decode("latin-1").split("\r\n")
+            headers = {
+                name.lower(): value.strip()
+                for name, _, value in (line.partition(":") for line in lines)
+            }
             length = int(headers.get("content-length", 0))
-            if len(self.buffer) < end + length: return
-            body, self.buffer = self.buffer[end:end + length], self.buffer[end + length:]
+            if len(self.buffer) < end + length:
+                return
+            body, self.buffer = self.buffer[end : end + length], self.buffer[end + length :]
             self.answer(self, unquote(first.split(" ")[1]), headers, body)
 
-    def reply(self, status: int, body: bytes=b"", **headers: str) -> None:
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         "Answer the request."
-        head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head = "".join(
+            f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()
+        )
+        self.transport.write(
+            f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #1f732bcf
 ARN = "arn:aws:lambda:local:000000000000:function:"  # and the function's name
 
+
 class Function(NamedTuple):
     "What Lambda knows of a function."
+
     name: str
-    handler: str                # module.function
-    folder: Path                # of the unzipped package
+    handler: str  # module.function
+    folder: Path  # of the unzipped package
     environment: dict[str, str]
-    timeout: float=30           # seconds
-    memory: int=1024            # MB
-    concurrency: int=2          # processes at most
+    timeout: float = 30  # seconds
+    memory: int = 1024  # MB
+    concurrency: int = 2  # processes at most
+
 
 class Invocation(NamedTuple):
     "An event on its way to a function."
+
     event: bytes
     id: str
-    caller: Connection | None=None  # who waits for the answer
-    attempt: int=1
+    caller: Connection | None = None  # who waits for the answer
+    attempt: int = 1
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #d3173fab
 SERVICES = ("S3", "DYNAMODB", "SNS", "SQS", "SECRETS_MANAGER", "CLOUDWATCH_LOGS", "STS")
 
+
 def addresses(
     environment: dict[str, str],  # of a function
-    url: str,                     # where Lambda is
+    url: str,  # where Lambda is
 ) -> dict[str, str]:
     "The environment with an address for each service, in place of one for all."
     common = environment.get("AWS_ENDPOINT_URL")
     others = {f"AWS_ENDPOINT_URL_{service}": common for service in SERVICES} if common else {}
-    return {**{name: value for name, value in environment.items() if name != "AWS_ENDPOINT_URL"}, **others, "AWS_ENDPOINT_URL_LAMBDA": url}
+    return {
+        **{name: value for name, value in environment.items() if name != "AWS_ENDPOINT_URL"},
+        **others,
+        "AWS_ENDPOINT_URL_LAMBDA": url,
+    }
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #bc7abc92
 START = "import sys; sys.path[:0] = sys.argv[1:3]; from awslambdaric.__main__ import main; main(sys.argv[2:])"
 
+
 class Environment:
     "A process that runs a function's handler, one invocation at a time."
+
     def __init__(self, pool: "Pool"):
-        self.pool, self.work, self.waiting, self.asked, self.timer = pool, None, None, False, None
+        self.pool, self.work, self.waiting, self.asked, self.timer = (
+            pool,
+            None,
+            None,
+            False,
+            None,
+        )
         self.task = asyncio.ensure_future(self.live())
 
     async def live(self) -> None:
         "Start the process, wait until it ends, and account for what it had in hand."
         function, runtime = self.pool.function, self.pool.runtime
-        server = await asyncio.get_running_loop().create_server(lambda: Connection(self.answer), "127.0.0.1")
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self.answer), "127.0.0.1"
+        )
         port = server.sockets[0].getsockname()[1]
-        told = {"AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{port}", "AWS_LAMBDA_FUNCTION_NAME": function.name, "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST",
-                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(function.memory), "LAMBDA_TASK_ROOT": str(function.folder), "_HANDLER": function.handler,
-                "PATH": os.environ["PATH"]}
+        told = {
+            "AWS_LAMBDA_RUNTIME_API": f"127.0.0.1:{port}",
+            "AWS_LAMBDA_FUNCTION_NAME": function.name,
+            "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST",
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(function.memory),
+            "LAMBDA_TASK_ROOT": str(function.folder),
+            "_HANDLER": function.handler,
+            "PATH": os.environ["PATH"],
+        }
         self.process = await asyncio.create_subprocess_exec(
-            runtime.python, "-I", "-S", "-B", "-c", START, str(function.folder), str(runtime.folder), function.handler,
-            env={**addresses(function.environment, runtime.url), **told}, stdin=asyncio.subprocess.DEVNULL, stdout=runtime.log, stderr=runtime.log)
-        if hasattr(resource, "prlimit"): resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (function.memory * 2**20,) * 2)
-        try: code = await self.process.wait()
+            runtime.python,
+            "-I",
+            "-S",
+            "-B",
+            "-c",
+            START,
+            str(function.folder),
+            str(runtime.folder),
+            function.handler,
+            env={**addresses(function.environment, runtime.url), **told},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=runtime.log,
+            stderr=runtime.log,
+        )
+        if hasattr(resource, "prlimit"):
+            resource.prlimit(
+                self.process.pid, resource.RLIMIT_DATA, (function.memory * 2**20,) * 2
+            )
+        try:
+            code = await self.process.wait()
         finally:
             server.close()
-            if self.process.returncode is None: self.process.kill(); await self.process.wait()  # the runtime is closed
+            if self.process.returncode is None:
+                self.process.kill()
+                await self.process.wait()  # the runtime is closed
         self.pool.gone(self, f"the process ended with {code}")
 
     def answer(self, connection: Connection, path: str, headers: dict, body: bytes) -> None:
@@ -125,20 +180,35 @@ class Environment:
         "Give the process an invocation."
         timeout = self.pool.function.timeout
         self.work, self.timer = work, asyncio.get_running_loop().call_later(timeout, self.late)
-        self.waiting.reply(200, work.event, Lambda_Runtime_Aws_Request_Id=work.id, Lambda_Runtime_Deadline_Ms=str(round((time.time() + timeout) * 1000)),
-                           Lambda_Runtime_Invoked_Function_Arn=ARN + self.pool.function.name)
+        self.waiting.reply(
+            200,
+            work.event,
+            Lambda_Runtime_Aws_Request_Id=work.id,
+            Lambda_Runtime_Deadline_Ms=str(round((time.time() + timeout) * 1000)),
+            Lambda_Runtime_Invoked_Function_Arn=ARN + self.pool.function.name,
+        )
 
     def late(self) -> None:
         "Lambda does not wait for ever."
-        self.end(wrong("Sandbox.Timedout", f"Task timed out after {self.pool.function.timeout:.2f} seconds"), failed=True)
+        self.end(
+            wrong(
+                "Sandbox.Timedout",
+                f"Task timed out after {self.pool.function.timeout:.2f} seconds",
+            ),
+            failed=True,
+        )
         self.process.kill()
 
     def end(self, result: bytes, failed: bool) -> None:
         "The invocation has ended. A process that never came so far as to ask for one fails the oldest; else it would be started for ever."
-        if not self.asked and self.pool.queue: self.work = self.pool.queue.popleft()
+        if not self.asked and self.pool.queue:
+            self.work = self.pool.queue.popleft()
         work, self.work, self.asked = self.work, None, True
-        if self.timer: self.timer.cancel()
-        if work: self.pool.ended(work, result, failed)
+        if self.timer:
+            self.timer.cancel()
+        if work:
+            self.pool.ended(work, result, failed)
+
 
 def wrong(kind: str, message: str) -> bytes:
     "What Lambda answers when it is not the handler that failed."
@@ -147,6 +217,7 @@ def wrong(kind: str, message: str) -> bytes:
 # %% ../../nbs/local/07_lambda_runtime.ipynb #c94a8da8
 class Pool:
     "The execution environments of one function, and the events that wait for them."
+
     def __init__(self, function: Function, runtime: "Runtime"):
         self.function, self.runtime = function, runtime
         self.queue: deque[Invocation] = deque()
@@ -155,9 +226,13 @@ class Pool:
 
     def dispatch(self) -> None:
         "Bring events and environments together."
-        while self.queue and self.idle: self.idle.popleft().run(self.queue.popleft())
+        while self.queue and self.idle:
+            self.idle.popleft().run(self.queue.popleft())
         starting = sum(not environment.asked for environment in self.environments)
-        for _ in range(min(len(self.queue) - starting, self.function.concurrency - len(self.environments))): self.environments.add(Environment(self))
+        for _ in range(
+            min(len(self.queue) - starting, self.function.concurrency - len(self.environments))
+        ):
+            self.environments.add(Environment(self))
 
     def put(self, work: Invocation) -> None:
         "An event comes in."
@@ -167,134 +242,231 @@ class Pool:
     def gone(self, environment: Environment, why: str) -> None:
         "An environment's process has ended."
         self.environments.discard(environment)
-        if environment in self.idle: self.idle.remove(environment)
+        if environment in self.idle:
+            self.idle.remove(environment)
         environment.end(wrong("Runtime.ExitError", why), failed=True)
         self.runtime.replaced += 1
         self.dispatch()
 
     def ended(self, work: Invocation, result: bytes, failed: bool) -> None:
         "Answer who waits, or try again, or give up."
-        if work.caller: work.caller.reply(200, result, **({"X_Amz_Function_Error": "Unhandled"} if failed else {}))
-        elif failed and work.attempt < TRIES: self.put(work._replace(attempt=work.attempt + 1))
-        elif failed: self.runtime.dead.append(letter(self.function.name, work, result))
+        if work.caller:
+            work.caller.reply(
+                200, result, **({"X_Amz_Function_Error": "Unhandled"} if failed else {})
+            )
+        elif failed and work.attempt < TRIES:
+            self.put(work._replace(attempt=work.attempt + 1))
+        elif failed:
+            self.runtime.dead.append(letter(self.function.name, work, result))
+
 
 def letter(
-    function: str,    # name
+    function: str,  # name
     work: Invocation,
-    result: bytes,    # what it answered the last time
+    result: bytes,  # what it answered the last time
 ) -> dict:
     "What Lambda tells of an event that failed for good."
-    return {"requestContext": {"requestId": work.id, "functionArn": ARN + function, "condition": "RetriesExhausted", "approximateInvokeCount": work.attempt},
-            "requestPayload": json.loads(work.event), "responsePayload": json.loads(result)}
+    return {
+        "requestContext": {
+            "requestId": work.id,
+            "functionArn": ARN + function,
+            "condition": "RetriesExhausted",
+            "approximateInvokeCount": work.attempt,
+        },
+        "requestPayload": json.loads(work.event),
+        "responsePayload": json.loads(result),
+    }
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #d6625d7d
 class Runtime:
     "Lambda, for these functions, for as long as it is not closed."
-    def __init__(self,
+
+    def __init__(
+        self,
         functions: list[Function],
-        target: Target=here(),
-        log: int=asyncio.subprocess.DEVNULL,  # file descriptor that takes what the functions print
+        target: Target = here(),
+        log: int = asyncio.subprocess.DEVNULL,  # file descriptor that takes what the functions print
     ):
         self.python, self.folder = find_python(target.python), unzip(build("runtime", target))
-        if not self.python: raise InputError(f"no Python {target.python} is at hand to run a package for it")
+        if not self.python:
+            raise InputError(f"no Python {target.python} is at hand to run a package for it")
         self.log, self.replaced, self.loop = log, 0, asyncio.new_event_loop()
         self.dead: deque[dict] = deque()  # letters of events that failed for good
         self.pools = {function.name: Pool(function, self) for function in functions}
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.server = self._on_loop(self.loop.create_server(lambda: Connection(self.answer), "127.0.0.1"))
+        self.server = self._on_loop(
+            self.loop.create_server(lambda: Connection(self.answer), "127.0.0.1")
+        )
         self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
 
-    def _on_loop(self, coroutine): return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+    def _on_loop(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def answer(self, connection: Connection, path: str, headers: dict, body: bytes) -> None:
         "What callers ask: POST /2015-03-31/functions/NAME/invocations."
-        pool = self.pools.get(path.split("/")[3].split(":")[-1] if path.count("/") >= 4 else "")
-        if pool is None: return connection.reply(404, b'{"Message": "Function not found"}', x_amzn_errortype="ResourceNotFoundException")
+        pool = self.pools.get(
+            path.split("/")[3].split(":")[-1] if path.count("/") >= 4 else ""
+        )
+        if pool is None:
+            return connection.reply(
+                404,
+                b'{"Message": "Function not found"}',
+                x_amzn_errortype="ResourceNotFoundException",
+            )
         waits = headers.get("x-amz-invocation-type", "RequestResponse") != "Event"
         if waits and not pool.idle and len(pool.environments) >= pool.function.concurrency:
-            return connection.reply(429, b'{"Message": "Rate Exceeded."}', x_amzn_errortype="TooManyRequestsException")
-        if not waits: connection.reply(202)
+            return connection.reply(
+                429,
+                b'{"Message": "Rate Exceeded."}',
+                x_amzn_errortype="TooManyRequestsException",
+            )
+        if not waits:
+            connection.reply(202)
         pool.put(Invocation(body or b"{}", str(uuid4()), connection if waits else None))
 
     def put(self, function: str, event: bytes) -> None:
         "Invoke a function from this program, as an event."
-        self.loop.call_soon_threadsafe(self.pools[function].put, Invocation(event, str(uuid4())))
+        self.loop.call_soon_threadsafe(
+            self.pools[function].put, Invocation(event, str(uuid4()))
+        )
 
     async def _end(self) -> None:
         "End all processes."
-        tasks = [environment.task for pool in self.pools.values() for environment in pool.environments]
-        for task in tasks: task.cancel()
+        tasks = [
+            environment.task
+            for pool in self.pools.values()
+            for environment in pool.environments
+        ]
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.server.close()
 
     def close(self) -> None:
         "Stop all functions."
-        if self.loop.is_closed(): return
+        if self.loop.is_closed():
+            return
         self._on_loop(self._end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #7a677581
-NAMES = {"LaunchLambda": "snn.handlers.launch", "TrainerLambda": "snn.handlers.trainer", "NeuronLambda": "snn.handlers.neuron"}
+NAMES = {
+    "LaunchLambda": "snn.handlers.launch",
+    "TrainerLambda": "snn.handlers.trainer",
+    "NeuronLambda": "snn.handlers.neuron",
+}
+
 
 def functions(
     environment: dict[str, str],  # that leads the handlers to their services
-    concurrency: int,             # processes at most, of each function
-    target: Target=here(),
-    timeout: float=60,            # seconds
+    concurrency: int,  # processes at most, of each function
+    target: Target = here(),
+    timeout: float = 60,  # seconds
 ) -> list[Function]:
     "The three functions, from their packages. There are up to three LaunchLambdas: one may stay, call its successor, and an upload comes."
-    folders = {module: unzip(build(package, target)) for package, modules in HANDLERS.items() for module in modules}
-    given = {name: value for name, value in surroundings(environment).items() if name.startswith(("AWS_", "SNN_REDIS_")) or name == "HOME"}
-    settings = {name: value for name, value in SETTINGS.items() if name not in KEEP_MEMORY}  # a reserve for each of a sender's 16 threads would be a gigabyte
-    told = {**given, **settings, **environment, "SNN_FUNCTIONS": ",".join(NAMES), "POWERTOOLS_SERVICE_NAME": "snn"}
-    return [Function(name, f"{module}.lambda_handler", folders[module], told, timeout=timeout, concurrency=3 if name == "LaunchLambda" else concurrency)
-            for name, module in NAMES.items()]
+    folders = {
+        module: unzip(build(package, target))
+        for package, modules in HANDLERS.items()
+        for module in modules
+    }
+    given = {
+        name: value
+        for name, value in surroundings(environment).items()
+        if name.startswith(("AWS_", "SNN_REDIS_")) or name == "HOME"
+    }
+    settings = {
+        name: value for name, value in SETTINGS.items() if name not in KEEP_MEMORY
+    }  # a reserve for each of a sender's 16 threads would be a gigabyte
+    told = {
+        **given,
+        **settings,
+        **environment,
+        "SNN_FUNCTIONS": ",".join(NAMES),
+        "POWERTOOLS_SERVICE_NAME": "snn",
+    }
+    return [
+        Function(
+            name,
+            f"{module}.lambda_handler",
+            folders[module],
+            told,
+            timeout=timeout,
+            concurrency=3 if name == "LaunchLambda" else concurrency,
+        )
+        for name, module in NAMES.items()
+    ]
 
 # %% ../../nbs/local/07_lambda_runtime.ipynb #3a66bb99
 def announced(
     letter: dict,
 ) -> bytes:
     "A letter as SNS brings it to a function."
-    return json.dumps({"Records": [{"EventSource": "aws:sns", "Sns": {"Message": json.dumps(letter)}}]}).encode()
+    return json.dumps(
+        {"Records": [{"EventSource": "aws:sns", "Sns": {"Message": json.dumps(letter)}}]}
+    ).encode()
+
 
 class LambdaWorkers:
     "The functions in their packages, in place of `snn.local.worker.Workers`."
-    timeout = 60.  # seconds that a function has
-    every = 5.     # seconds between two events of the watchdog's schedule
 
-    def __init__(self,
+    timeout = 60.0  # seconds that a function has
+    every = 5.0  # seconds between two events of the watchdog's schedule
+
+    def __init__(
+        self,
         environment: dict[str, str],  # that leads them to the services
-        count: int | None=None,       # processes of each function; as many as there are processors
-        target: Target=here(),        # whose packages to run
-        log: int=asyncio.subprocess.DEVNULL,  # file descriptor that takes what they print
+        count: int
+        | None = None,  # processes of each function; as many as there are processors
+        target: Target = here(),  # whose packages to run
+        log: int = asyncio.subprocess.DEVNULL,  # file descriptor that takes what they print
     ):
         self.count = count or cores()
         self.environment = surroundings(environment)
-        self.services, self.replaced, self.watched = Services(self.environment), 0, time.monotonic()
-        self.runtime = Runtime(functions(environment, self.count, target, self.timeout), target, log)
+        self.services, self.replaced, self.watched = (
+            Services(self.environment),
+            0,
+            time.monotonic(),
+        )
+        self.runtime = Runtime(
+            functions(environment, self.count, target, self.timeout), target, log
+        )
 
     def _bury(self, letter: dict) -> None:
         "Put a letter aside, and let its run be ended."
-        function, event, why = letter["requestContext"]["functionArn"].split(":")[-1], letter["requestPayload"], letter["responsePayload"]
-        self.services.bus.bury(Envelope(function, Raw(json.dumps(event).encode())), f"{why['errorType']}: {why['errorMessage']}")
-        if "run" in event: self.runtime.put("LaunchLambda", announced(letter))
+        function, event, why = (
+            letter["requestContext"]["functionArn"].split(":")[-1],
+            letter["requestPayload"],
+            letter["responsePayload"],
+        )
+        self.services.bus.bury(
+            Envelope(function, Raw(json.dumps(event).encode())),
+            f"{why['errorType']}: {why['errorMessage']}",
+        )
+        if "run" in event:
+            self.runtime.put("LaunchLambda", announced(letter))
 
-    def look_after(self) -> int: # processes that have ended since it was last asked
+    def look_after(self) -> int:  # processes that have ended since it was last asked
         "Hand over what is in the queue. Processes that ended have been replaced already."
-        while self.runtime.dead: self._bury(self.runtime.dead.popleft())
-        for envelope in self.services.bus.take("lambda", wait=0): self.runtime.put(envelope.function, bytes(envelope.event))
+        while self.runtime.dead:
+            self._bury(self.runtime.dead.popleft())
+        for envelope in self.services.bus.take("lambda", wait=0):
+            self.runtime.put(envelope.function, bytes(envelope.event))
         ended, self.replaced = self.runtime.replaced - self.replaced, self.runtime.replaced
         return ended
 
     def watch(self, services: Services, bucket: str) -> None:
         "The watchdog is LaunchLambda's: it is woken by a schedule, and at once where a run may be lost."
-        if not bucket and time.monotonic() - self.watched < self.every: return
+        if not bucket and time.monotonic() - self.watched < self.every:
+            return
         self.watched = time.monotonic()
         self.runtime.put("LaunchLambda", b'{"state": "watch"}')
 

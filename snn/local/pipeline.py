@@ -30,19 +30,22 @@ from ..maths.parameters import InputError, Parameters
 # %% ../../nbs/local/06_pipeline.ipynb #839549bd
 class Request(NamedTuple):
     "What a pipeline is told."
-    parameters: Parameters       # of the full training
-    out: Path                    # folder for all that is made
-    notebooks: Path              # folder with Codebook.ipynb and Analysis.ipynb
-    datasets: Path | None=None   # a datasets.h5; None draws one
-    codebook_epochs: int=10
-    bucket: str=""               # of a deployed stack; empty: this machine
-    region: str=""               # of that bucket
-    unseen: Path | None=None     # folder of pictures for the Analysis; None draws some
-    workers: int | None=None     # of the training on this machine
+
+    parameters: Parameters  # of the full training
+    out: Path  # folder for all that is made
+    notebooks: Path  # folder with Codebook.ipynb and Analysis.ipynb
+    datasets: Path | None = None  # a datasets.h5; None draws one
+    codebook_epochs: int = 10
+    bucket: str = ""  # of a deployed stack; empty: this machine
+    region: str = ""  # of that bucket
+    unseen: Path | None = None  # folder of pictures for the Analysis; None draws some
+    workers: int | None = None  # of the training on this machine
+
 
 def default_notebooks() -> Path:
     "Where the notebooks are in a clone of the project."
     import snn
+
     return Path(snn.__file__).resolve().parents[1] / "nbs"
 
 # %% ../../nbs/local/06_pipeline.ipynb #7416b8b5
@@ -50,38 +53,69 @@ def check(
     request: Request,
 ) -> None:
     "Raise an `InputError` for the first thing that would make a stage fail."
-    try: import nbconvert, papermill, sklearn  # noqa: F401
-    except ImportError as error: raise InputError(f"the pipeline needs {error.name}, which is not installed: pip install 'snn[notebooks]'") from None
+    try:
+        import nbconvert, papermill, sklearn  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the pipeline needs {error.name}, which is not installed: pip install 'snn[notebooks]'"
+        ) from None
     for name in ("Codebook.ipynb", "Analysis.ipynb"):
-        if not (request.notebooks / name).is_file(): raise InputError(f"{request.notebooks}: has no {name}; the notebooks are in nbs/ of a clone, which --notebooks may name")
-    if request.out.exists() and not request.out.is_dir(): raise InputError(f"{request.out}: is a file; --out needs a folder")
-    if request.unseen and not request.unseen.is_dir(): raise InputError(f"{request.unseen}: no such folder; --unseen needs one with pictures")
-    if request.codebook_epochs < 1: raise InputError(f"--codebook-epochs is {request.codebook_epochs}; it may be 1 or more")
-    if request.datasets: data.read(request.datasets)
-    if request.bucket: open_bucket(request.bucket, request.region)
+        if not (request.notebooks / name).is_file():
+            raise InputError(
+                f"{request.notebooks}: has no {name}; the notebooks are in nbs/ of a clone, which --notebooks may name"
+            )
+    if request.out.exists() and not request.out.is_dir():
+        raise InputError(f"{request.out}: is a file; --out needs a folder")
+    if request.unseen and not request.unseen.is_dir():
+        raise InputError(f"{request.unseen}: no such folder; --unseen needs one with pictures")
+    if request.codebook_epochs < 1:
+        raise InputError(
+            f"--codebook-epochs is {request.codebook_epochs}; it may be 1 or more"
+        )
+    if request.datasets:
+        data.read(request.datasets)
+    if request.bucket:
+        open_bucket(request.bucket, request.region)
 
 # %% ../../nbs/local/06_pipeline.ipynb #b745bd78
 class NotebookFailed(RuntimeError):
     "A notebook that stopped; the text says where and why."
 
+
 def run_notebook(
     notebook: Path,
-    executed: Path,                # the copy that is run
-    parameters: dict[str, Any],    # for its cell tagged `parameters`
-    progress: bool=False,          # a bar on standard error
-    longest: int | None=None,      # seconds that a cell may take; None: as long as it needs
-) -> Path: # `executed`
+    executed: Path,  # the copy that is run
+    parameters: dict[str, Any],  # for its cell tagged `parameters`
+    progress: bool = False,  # a bar on standard error
+    longest: int | None = None,  # seconds that a cell may take; None: as long as it needs
+) -> Path:  # `executed`
     "Run a notebook with parameters; raises `NotebookFailed`."
     import papermill
     from nbclient.exceptions import CellTimeoutError
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(notebook, executed, parameters, kernel_name="python3", language="python", progress_bar=progress, cwd=str(notebook.parent), execution_timeout=longest,
-                                        extra_arguments=["--log-level=CRITICAL"])  # of the kernel, which else complains of being stopped
-    except CellTimeoutError: raise NotebookFailed(f"{notebook.name} stopped: a cell took more than {longest} s; all up to it is in {executed}") from None
+    try:
+        papermill.execute_notebook(
+            notebook,
+            executed,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=progress,
+            cwd=str(notebook.parent),
+            execution_timeout=longest,
+            extra_arguments=["--log-level=CRITICAL"],
+        )  # of the kernel, which else complains of being stopped
+    except CellTimeoutError:
+        raise NotebookFailed(
+            f"{notebook.name} stopped: a cell took more than {longest} s; all up to it is in {executed}"
+        ) from None
     except papermill.PapermillExecutionError as error:
         reason = re.sub(r"\x1b\[[\d;]*m", "", error.evalue).strip().splitlines()
-        raise NotebookFailed(f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}{': ' + reason[0] if reason else ''}; all up to it is in {executed}") from None
+        raise NotebookFailed(
+            f"{notebook.name} stopped in cell [{error.exec_count}]: {error.ename}{': ' + reason[0] if reason else ''}; all up to it is in {executed}"
+        ) from None
     return executed
 
 # %% ../../nbs/local/06_pipeline.ipynb #0a775911
@@ -91,24 +125,39 @@ def joined(
 ):
     "The notebooks as one, without the cells that only carry parameters."
     import nbformat
+
     cells = [nbformat.v4.new_markdown_cell(f"# {title}")]
     for notebook in notebooks:
         for cell in nbformat.read(notebook, 4).cells:
-            if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])): cells.append(cell)
-    for number, cell in enumerate(cells): cell["id"] = f"cell-{number}"
-    whole = nbformat.v4.new_notebook(cells=[cells[0], nbformat.v4.new_markdown_cell(_contents(cells[1:]), id="contents"), *cells[1:]])
+            if not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+                cells.append(cell)
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    whole = nbformat.v4.new_notebook(
+        cells=[
+            cells[0],
+            nbformat.v4.new_markdown_cell(_contents(cells[1:]), id="contents"),
+            *cells[1:],
+        ]
+    )
     whole.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
     return whole
 
+
 def _contents(cells) -> str:
     "Links to the chapters, a line for each notebook."
-    headings = [re.match(r"(##?) (.+)", cell.source) for cell in cells if cell.cell_type == "markdown"]
+    headings = [
+        re.match(r"(##?) (.+)", cell.source) for cell in cells if cell.cell_type == "markdown"
+    ]
     link = lambda text: f"[{text}](#{text.replace(' ', '-')})"
     lines = []
     for level, text in (found.groups() for found in headings if found):
-        if level == "#": lines.append(f"- **{link(text)}**")
-        elif lines: lines[-1] += f" · {link(text)}"
+        if level == "#":
+            lines.append(f"- **{link(text)}**")
+        elif lines:
+            lines[-1] += f" · {link(text)}"
     return "\n".join(lines)
+
 
 STYLE = """
 body { max-width: 62rem; margin: auto; }
@@ -123,28 +172,52 @@ h1 { break-inside: avoid; }
 }
 """
 
+
 def described(
-    page: str,           # as from nbconvert, which leaves descriptions out
-    notebook,            # that it was made of
+    page: str,  # as from nbconvert, which leaves descriptions out
+    notebook,  # that it was made of
 ) -> str:
     "The page with the description of each picture, for those who read it by ear."
-    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    texts = iter([output.metadata.get("image/png", {}).get("alt") or "picture" for output in pictures])
-    return re.sub(r'alt="No description has been provided for this image"', lambda _: f'alt="{escape(next(texts, "picture"))}"', page)
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    texts = iter(
+        [output.metadata.get("image/png", {}).get("alt") or "picture" for output in pictures]
+    )
+    return re.sub(
+        r'alt="No description has been provided for this image"',
+        lambda _: f'alt="{escape(next(texts, "picture"))}"',
+        page,
+    )
+
 
 def write_report(
     notebooks: list[Path],  # executed
     page: Path,
-    title: str="Serverless Neural Network: report",
-) -> Path: # `page`
+    title: str = "Serverless Neural Network: report",
+) -> Path:  # `page`
     "One HTML page of executed notebooks."
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(template_name="lab", require_js_url="", jquery_url="", mathjax_url="", mermaid_js_url="", widget_renderer_url="", html_manager_semver_range="")
+
+    exporter = HTMLExporter(
+        template_name="lab",
+        require_js_url="",
+        jquery_url="",
+        mathjax_url="",
+        mermaid_js_url="",
+        widget_renderer_url="",
+        html_manager_semver_range="",
+    )
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.log.setLevel(logging.ERROR)
     whole = joined(notebooks, title)
     text, _ = exporter.from_notebook_node(whole, {"metadata": {"name": title}})
-    text = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL).replace("</head>", f"<style>{STYLE}</style></head>", 1)
+    text = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL).replace(
+        "</head>", f"<style>{STYLE}</style></head>", 1
+    )
     partial = page.with_name(page.name + ".partial")
     partial.write_text(described(text, whole), encoding="utf-8")
     partial.replace(page)
@@ -154,60 +227,84 @@ def write_report(
 def wait_for(
     bucket: Bucket,
     run: str,
-    every: float=5,  # seconds between two looks
-    soon: float=300, # seconds in which it must have begun
+    every: float = 5,  # seconds between two looks
+    soon: float = 300,  # seconds in which it must have begun
 ) -> None:
     "Wait until a run has left its record; raises `RuntimeError` if it failed, was stopped, or never began."
     began = time.monotonic()
-    while f"training_results/{run}/run.json" not in (left := bucket.keys(f"training_results/{run}/")):
+    while f"training_results/{run}/run.json" not in (
+        left := bucket.keys(f"training_results/{run}/")
+    ):
         if (note := f"training_results/{run}/stopped.json") in left:
             ended = json.loads(bucket.get(note))
-            raise RuntimeError(f"Run {run} {ended['state']} after {ended['epochs']} epochs: {ended['reason']}. snn resume {run} --bucket {bucket.name} takes it up again.")
+            raise RuntimeError(
+                f"Run {run} {ended['state']} after {ended['epochs']} epochs: {ended['reason']}. snn resume {run} --bucket {bucket.name} takes it up again."
+            )
         if time.monotonic() - began > soon and not bucket.keys(f"training_checkpoints/{run}/"):
-            raise RuntimeError(f"The upload to s3://{bucket.name}/training_input/ started no run within {soon:g} s. Does a stack listen to this bucket? If it refused the upload, its mail says why.")
+            raise RuntimeError(
+                f"The upload to s3://{bucket.name}/training_input/ started no run within {soon:g} s. Does a stack listen to this bucket? If it refused the upload, its mail says why."
+            )
         time.sleep(every)
+
 
 def train_in_cloud(
     parameters: Parameters,
     datasets: Path,
     out: Path,
     bucket: Bucket,
-    every: float=5,  # seconds between two looks
-    soon: float=300, # seconds in which the run must have begun
+    every: float = 5,  # seconds between two looks
+    soon: float = 300,  # seconds in which the run must have begun
 ) -> None:
     "Start a run on a deployed stack by an upload, wait for its end, and fetch its results and checkpoints."
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
-    answer = bucket.client.put_object(Bucket=bucket.name, Key="training_input/datasets.h5", Body=data.content(datasets))
-    run = run_id(Upload(bucket.name, "training_input/datasets.h5", answer["ETag"].strip('"')), parameters)
+    answer = bucket.client.put_object(
+        Bucket=bucket.name, Key="training_input/datasets.h5", Body=data.content(datasets)
+    )
+    run = run_id(
+        Upload(bucket.name, "training_input/datasets.h5", answer["ETag"].strip('"')),
+        parameters,
+    )
     wait_for(bucket, run, every, soon)
     fetch(bucket, run, out)
     (out / "checkpoints").mkdir(exist_ok=True)
-    for epoch, kept in record_in_bucket(bucket, run).checkpoints.items(): (out / "checkpoints" / f"{epoch:08}.npz").write_bytes(kept.read_bytes())
+    for epoch, kept in record_in_bucket(bucket, run).checkpoints.items():
+        (out / "checkpoints" / f"{epoch:08}.npz").write_bytes(kept.read_bytes())
 
 # %% ../../nbs/local/06_pipeline.ipynb #d9e83814
 class Event(NamedTuple):
     "News of a pipeline."
+
     stage: str
-    seconds: float | None=None            # that it took; None: it begins
-    training: Progress | None=None        # news from within the training
+    seconds: float | None = None  # that it took; None: it begins
+    training: Progress | None = None  # news from within the training
+
 
 class StageFailed(RuntimeError):
     "A stage that failed; the text says which, why, and what was kept."
 
+
 @contextmanager
 def stage(
     name: str,
-    done: list[str],                  # stages before it; it is added
+    done: list[str],  # stages before it; it is added
     report: Callable[[Event], None],
 ):
     "Report on a stage; raises `StageFailed` for whatever goes wrong in it."
     began = time.monotonic()
     report(Event(name))
-    try: yield
-    except InputError: raise
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        why = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
-        before = f"\nWhat the stages before it made is kept: {', '.join(done)}." if done else ""
+        why = (
+            str(error)
+            if isinstance(error, RuntimeError)
+            else f"{type(error).__name__}: {error}"
+        )
+        before = (
+            f"\nWhat the stages before it made is kept: {', '.join(done)}." if done else ""
+        )
         raise StageFailed(f"The stage {name} failed. {why}{before}") from error
     done.append(name)
     report(Event(name, time.monotonic() - began))
@@ -215,41 +312,79 @@ def stage(
 # %% ../../nbs/local/06_pipeline.ipynb #a1e96c70
 def _take_data(request: Request) -> Path:
     "The data set that was given, or a copy of the drawn one."
-    if request.datasets: return request.datasets.resolve()
+    if request.datasets:
+        return request.datasets.resolve()
     drawn = request.out / "datasets.h5"
     drawn.write_bytes(drawn_datasets().read_bytes())
     return drawn.resolve()
 
+
 def with_checkpoints(
     parameters: Parameters,
-    count: int=8,
+    count: int = 8,
 ) -> Parameters:
     "The parameters, with about `count` checkpoints if they ask for none. The weights are the same with and without."
-    return parameters if parameters.checkpoint_every else msgspec.structs.replace(parameters, checkpoint_every=max(1, parameters.epochs // count))
+    return (
+        parameters
+        if parameters.checkpoint_every
+        else msgspec.structs.replace(
+            parameters, checkpoint_every=max(1, parameters.epochs // count)
+        )
+    )
+
 
 def _train(request: Request, datasets: Path, report: Callable[[Event], None]) -> None:
     "The full training, wherever it is wanted."
     out, parameters = request.out / "training", with_checkpoints(request.parameters)
-    if request.bucket: train_in_cloud(parameters, datasets, out, open_bucket(request.bucket, request.region))
-    else: train(parameters, datasets, out, lambda progress: report(Event("training", training=progress)), request.workers)
+    if request.bucket:
+        train_in_cloud(parameters, datasets, out, open_bucket(request.bucket, request.region))
+    else:
+        train(
+            parameters,
+            datasets,
+            out,
+            lambda progress: report(Event("training", training=progress)),
+            request.workers,
+        )
 
 # %% ../../nbs/local/06_pipeline.ipynb #0c41a183
 def run_pipeline(
     request: Request,
-    report: Callable[[Event], None]=lambda event: None,
-    progress: bool=False,   # bars for the notebooks, on standard error
-) -> Path: # of the report
+    report: Callable[[Event], None] = lambda event: None,
+    progress: bool = False,  # bars for the notebooks, on standard error
+) -> Path:  # of the report
     "Run all stages; raises `InputError` before the first and `StageFailed` at one that fails."
     check(request)
     out = request.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     done, common = [], {"bucket": request.bucket, "region": request.region}
-    with stage("data", done, report): datasets = _take_data(request)
+    with stage("data", done, report):
+        datasets = _take_data(request)
     with stage("Codebook", done, report):
-        codebook = run_notebook(request.notebooks / "Codebook.ipynb", out / "Codebook.ipynb", {**common, "epochs": request.codebook_epochs,
-            "seed": request.parameters.seed, "data": str(datasets), "out": str(out / "codebook")}, progress)
-    with stage("training", done, report): _train(request, datasets, report)
+        codebook = run_notebook(
+            request.notebooks / "Codebook.ipynb",
+            out / "Codebook.ipynb",
+            {
+                **common,
+                "epochs": request.codebook_epochs,
+                "seed": request.parameters.seed,
+                "data": str(datasets),
+                "out": str(out / "codebook"),
+            },
+            progress,
+        )
+    with stage("training", done, report):
+        _train(request, datasets, report)
     with stage("Analysis", done, report):
-        analysis = run_notebook(request.notebooks / "Analysis.ipynb", out / "Analysis.ipynb", {"results": str(out / "training"),
-            "data": str(datasets), "unseen": str(request.unseen.resolve()) if request.unseen else ""}, progress)
-    with stage("report", done, report): return write_report([codebook, analysis], out / "report.html")
+        analysis = run_notebook(
+            request.notebooks / "Analysis.ipynb",
+            out / "Analysis.ipynb",
+            {
+                "results": str(out / "training"),
+                "data": str(datasets),
+                "unseen": str(request.unseen.resolve()) if request.unseen else "",
+            },
+            progress,
+        )
+    with stage("report", done, report):
+        return write_report([codebook, analysis], out / "report.html")

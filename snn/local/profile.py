@@ -36,13 +36,19 @@ from ..maths.parameters import Parameters
 # %% ../../nbs/local/10_profile.ipynb #44848326
 KINDS = ("mathematics", "round trips", "serialisation", "dispatch", "waiting")
 
+
 class Stopwatch:
     "Which kind of work a process did from when to when; seconds of a clock that all processes share."
+
     def __init__(self):
-        self.kind, self.kinds, self.edges = "dispatch", bytearray([KINDS.index("dispatch")]), array("d", [time.perf_counter()])
+        self.kind, self.kinds, self.edges = (
+            "dispatch",
+            bytearray([KINDS.index("dispatch")]),
+            array("d", [time.perf_counter()]),
+        )
         self.epochs: dict[int, float] = {}  # when each ended
 
-    def switch(self, kind: str) -> str: # the kind before
+    def switch(self, kind: str) -> str:  # the kind before
         "From now on the process does this kind of work."
         before, self.kind = self.kind, kind
         if kind != before:
@@ -52,24 +58,48 @@ class Stopwatch:
 
     def timed(self, kind: str, function: Callable) -> Callable:
         "The function, counted as work of this kind."
+
         def measured(*arguments, **named):
             before = self.switch(kind)
-            try: return function(*arguments, **named)
-            finally: self.switch(before)
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.switch(before)
+
         return measured
 
 # %% ../../nbs/local/10_profile.ipynb #d0afbf0a
 FUNCTIONS = {
-    "mathematics": [network.activations, network.slopes, network.step, network.cost, network.cost_gradient, network.best_batch, network.mean_of,
-                    network.initialise_layer, neuron.forward, neuron.backward, neuron.input_gradient, data.standardise, data.mini_batches, inputs.finite],
+    "mathematics": [
+        network.activations,
+        network.slopes,
+        network.step,
+        network.cost,
+        network.cost_gradient,
+        network.best_batch,
+        network.mean_of,
+        network.initialise_layer,
+        neuron.forward,
+        neuron.backward,
+        neuron.input_gradient,
+        data.standardise,
+        data.mini_batches,
+        inputs.finite,
+    ],
     "serialisation": [store.encode, store.decode, bus.letter],
 }
 METHODS = {
     "mathematics": [(np, "vstack")],
     "round trips": [(store.Outbox, "_exchange")],
-    "serialisation": [(redis.connection.AbstractConnection, "pack_commands"), (msgspec.json, "encode"), (msgspec.json, "decode"), (msgspec, "convert")],
+    "serialisation": [
+        (redis.connection.AbstractConnection, "pack_commands"),
+        (msgspec.json, "encode"),
+        (msgspec.json, "decode"),
+        (msgspec, "convert"),
+    ],
     "waiting": [(redis.Redis, "blmove")],
 }
+
 
 def put_in_place(
     function: Callable,
@@ -77,20 +107,26 @@ def put_in_place(
 ) -> None:
     "Wherever the package uses a function, let it use another."
     for module in [module for name, module in sys.modules.items() if name.startswith("snn.")]:
-        for name in [name for name, value in vars(module).items() if value is function]: setattr(module, name, other)
+        for name in [name for name, value in vars(module).items() if value is function]:
+            setattr(module, name, other)
+
 
 def watch_over(
     stopwatch: Stopwatch,
 ) -> None:
     "Let the stopwatch see all that this process does from now on."
     for kind, functions in FUNCTIONS.items():
-        for function in functions: put_in_place(function, stopwatch.timed(kind, function))
+        for function in functions:
+            put_in_place(function, stopwatch.timed(kind, function))
     for kind, methods in METHODS.items():
-        for owner, name in methods: setattr(owner, name, stopwatch.timed(kind, getattr(owner, name)))
+        for owner, name in methods:
+            setattr(owner, name, stopwatch.timed(kind, getattr(owner, name)))
     update = Runs.update
+
     def marked(runs: Runs, run: str, status) -> None:
         stopwatch.epochs[status.epoch] = time.perf_counter()
         update(runs, run, status)
+
     Runs.update = marked
 
 # %% ../../nbs/local/10_profile.ipynb #529a4559
@@ -100,28 +136,43 @@ def main() -> None:
     worker.handlers()  # imports all that is to be watched
     watch_over(stopwatch)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    try: worker.main()
+    try:
+        worker.main()
     finally:
         stopwatch.edges.append(time.perf_counter())
-        np.savez(Path(os.environ["SNN_PROFILE"], sys.argv[1]), kinds=np.frombuffer(stopwatch.kinds, np.uint8), edges=np.array(stopwatch.edges), epochs=json.dumps(stopwatch.epochs))
+        np.savez(
+            Path(os.environ["SNN_PROFILE"], sys.argv[1]),
+            kinds=np.frombuffer(stopwatch.kinds, np.uint8),
+            edges=np.array(stopwatch.edges),
+            epochs=json.dumps(stopwatch.epochs),
+        )
+
 
 class WatchedWorkers(worker.Workers):
     "Workers with a stopwatch each."
+
     program = "from snn.local.profile import main; main()"
 
 # %% ../../nbs/local/10_profile.ipynb #e589feb4
 class Track(NamedTuple):
     "What one worker did."
-    kinds: np.ndarray         # numbers into `KINDS`, (n,)
-    edges: np.ndarray         # when each began, and when the last ended, seconds, (n + 1,)
+
+    kinds: np.ndarray  # numbers into `KINDS`, (n,)
+    edges: np.ndarray  # when each began, and when the last ended, seconds, (n + 1,)
     epochs: dict[int, float]  # when each epoch ended that this worker has ended
+
 
 def read_track(
     path: Path,  # that a watched worker has left
 ) -> Track:
     "A worker's record."
     with np.load(path, allow_pickle=False) as file:
-        return Track(file["kinds"], file["edges"], {int(epoch): when for epoch, when in json.loads(str(file["epochs"])).items()})
+        return Track(
+            file["kinds"],
+            file["edges"],
+            {int(epoch): when for epoch, when in json.loads(str(file["epochs"])).items()},
+        )
+
 
 def _train(services: Services, parameters: Parameters, datasets: Path) -> None:
     "One run, from its upload to its end; raises `RuntimeError` if it fails."
@@ -131,63 +182,102 @@ def _train(services: Services, parameters: Parameters, datasets: Path) -> None:
     bucket.put("training_input/datasets.h5", Path(datasets).read_bytes())
     run = launch.start(Upload(BUCKET, "training_input/datasets.h5", "profile"), services)
     services.store.flush()
-    while (status := services.runs.status(run)).state == "running": time.sleep(.01)
-    if status.state != "finished": raise RuntimeError(f"run {run} {status.state}: {status.reason}")
+    while (status := services.runs.status(run)).state == "running":
+        time.sleep(0.01)
+    if status.state != "finished":
+        raise RuntimeError(f"run {run} {status.state}: {status.reason}")
+
 
 def profile(
     parameters: Parameters,
-    datasets: Path,            # a datasets.h5
-    workers: int | None=None,  # as many as there are processors
-) -> list[Track]: # of each worker
+    datasets: Path,  # a datasets.h5
+    workers: int | None = None,  # as many as there are processors
+) -> list[Track]:  # of each worker
     "Train a network with workers that are watched."
-    with tempfile.TemporaryDirectory() as folder, local_aws() as aws, parameter_server() as server:
-        watched = WatchedWorkers({**aws.environment(), "SNN_REDIS_URL": server.url, "SNN_LEDGER": "store", "SNN_PROFILE": folder}, workers)
-        try: _train(Services(watched.environment), parameters, datasets)
-        finally: watched.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        local_aws() as aws,
+        parameter_server() as server,
+    ):
+        watched = WatchedWorkers(
+            {
+                **aws.environment(),
+                "SNN_REDIS_URL": server.url,
+                "SNN_LEDGER": "store",
+                "SNN_PROFILE": folder,
+            },
+            workers,
+        )
+        try:
+            _train(Services(watched.environment), parameters, datasets)
+        finally:
+            watched.close()
         return [read_track(path) for path in sorted(Path(folder).glob("*.npz"))]
 
 # %% ../../nbs/local/10_profile.ipynb #de200059
 def ends(
     tracks: list[Track],
-) -> dict[int, float]: # by epoch
+) -> dict[int, float]:  # by epoch
     "When each epoch ended."
-    return dict(sorted((epoch, when) for track in tracks for epoch, when in track.epochs.items()))
+    return dict(
+        sorted((epoch, when) for track in tracks for epoch, when in track.epochs.items())
+    )
+
 
 def middle(
     tracks: list[Track],
-) -> tuple[float, float, int]: # from, to, and the epochs in between
+) -> tuple[float, float, int]:  # from, to, and the epochs in between
     "The part of a run in which one epoch is as the other."
     found = ends(tracks)
     first, last = list(found)[2], list(found)[-2]
     return found[first], found[last], last - first
 
+
 def parts(
     tracks: list[Track],
-) -> dict[str, float]: # seconds per epoch, by kind; together they are the time that an epoch took
+) -> dict[
+    str, float
+]:  # seconds per epoch, by kind; together they are the time that an epoch took
     "What an epoch's time went into, on the average of the workers."
     start, end, epochs = middle(tracks)
-    spent = sum(np.bincount(track.kinds, np.diff(np.clip(track.edges, start, end)), len(KINDS)) for track in tracks)
+    spent = sum(
+        np.bincount(track.kinds, np.diff(np.clip(track.edges, start, end)), len(KINDS))
+        for track in tracks
+    )
     return dict(zip(KINDS, (spent / epochs / len(tracks)).tolist()))
+
 
 def requests(
     tracks: list[Track],
-) -> float: # per epoch, of all workers together
+) -> float:  # per epoch, of all workers together
     "How often the workers asked the parameter server."
     (start, end, epochs), count = middle(tracks), 0
     for track in tracks:
         talks = track.kinds == KINDS.index("round trips")
-        packed = np.append(False, track.kinds[:-1] == KINDS.index("serialisation"))  # packing the commands is a part of asking
-        count += int((talks & ~packed & (track.edges[:-1] > start) & (track.edges[:-1] < end)).sum())
+        packed = np.append(
+            False, track.kinds[:-1] == KINDS.index("serialisation")
+        )  # packing the commands is a part of asking
+        count += int(
+            (talks & ~packed & (track.edges[:-1] > start) & (track.edges[:-1] < end)).sum()
+        )
     return count / epochs
 
 # %% ../../nbs/local/10_profile.ipynb #dab79e8f
 def spans(
     tracks: list[Track],
     epoch: int,
-) -> list[list[tuple[str, float, float]]]: # of each worker: kind, from and to, in seconds since the epoch began
+) -> list[
+    list[tuple[str, float, float]]
+]:  # of each worker: kind, from and to, in seconds since the epoch began
     "What the workers did in one epoch."
     start, end = (ends(tracks)[e] for e in (epoch - 1, epoch))
+
     def of(track: Track) -> list[tuple[str, float, float]]:
         clipped = np.clip(track.edges, start, end) - start
-        return [(KINDS[kind], a, b) for kind, a, b in zip(track.kinds, clipped[:-1].tolist(), clipped[1:].tolist()) if b > a]
+        return [
+            (KINDS[kind], a, b)
+            for kind, a, b in zip(track.kinds, clipped[:-1].tolist(), clipped[1:].tolist())
+            if b > a
+        ]
+
     return [of(track) for track in tracks]

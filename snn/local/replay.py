@@ -18,77 +18,121 @@ import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Message, Plan, after_epoch, after_layer, epoch_messages, trainer_messages
+from snn.cloud.messages import (
+    Message,
+    Plan,
+    after_epoch,
+    after_layer,
+    epoch_messages,
+    trainer_messages,
+)
 from ..cloud.store import MASTER
 from ..handlers.checkpoint import unpack
 from ..handlers.inputs import training_data
 from ..maths.data import Datasets, mini_batches, split, standardise
-from ..maths.network import Layer, activations, best_batch, cost, cost_gradient, initialise, rows, step, train, train_epoch
+from snn.maths.network import (
+    Layer,
+    activations,
+    best_batch,
+    cost,
+    cost_gradient,
+    initialise,
+    rows,
+    step,
+    train,
+    train_epoch,
+)
 from ..maths.neuron import ACTIVATIONS, backward, input_gradient
 from ..maths.parameters import InputError
 
 # %% ../../nbs/local/05_replay.ipynb #6361b2be
 class Kept(NamedTuple):
     "A file in a bucket, read when it is needed."
+
     bucket: Bucket
     key: str
-    def read_bytes(self) -> bytes: return self.bucket.get(self.key)
+
+    def read_bytes(self) -> bytes:
+        return self.bucket.get(self.key)
+
 
 class Record(NamedTuple):
     "What a run that has ended has left."
+
     plan: Plan
-    epochs: int                              # that it took, or began
-    costs: list[float]                       # of each epoch; none if there is no results.json
-    checkpoints: dict[int, Path | Kept] = {} # by the epoch that they were made after
+    epochs: int  # that it took, or began
+    costs: list[float]  # of each epoch; none if there is no results.json
+    checkpoints: dict[int, Path | Kept] = {}  # by the epoch that they were made after
+
 
 def read_record(
     where: str | Path,  # a run's folder, or its run.json
 ) -> Record:
     "The record of a run; raises `InputError`."
     path = Path(where, "run.json") if Path(where).is_dir() else Path(where)
-    if not path.is_file(): raise InputError(f"{where}: no run here; a run's folder holds run.json, as snn train --out leaves it")
+    if not path.is_file():
+        raise InputError(
+            f"{where}: no run here; a run's folder holds run.json, as snn train --out leaves it"
+        )
     try:
         values = json.loads(path.read_text())
         plan, epochs = msgspec.convert(values["plan"], Plan), int(values["epochs"])
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError): raise InputError(f"{path}: not the record of a run, or a damaged one") from None
-    checkpoints = {int(file.stem): file for file in sorted(path.parent.glob("checkpoints/[0-9]*.npz"))}
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        raise InputError(f"{path}: not the record of a run, or a damaged one") from None
+    checkpoints = {
+        int(file.stem): file for file in sorted(path.parent.glob("checkpoints/[0-9]*.npz"))
+    }
     return Record(plan, epochs, _costs(path.with_name("results.json")), checkpoints)
+
 
 def _costs(file: Path | Kept) -> list[float]:
     "Cost of each epoch from a results.json, if it is there."
-    try: results = json.loads(file.read_bytes())
-    except (OSError, ValueError): return []
+    try:
+        results = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return []
     return [results[f"epoch{epoch}"]["cost"] for epoch in range(len(results) - 2)]
 
 # %% ../../nbs/local/05_replay.ipynb #909e005b
 def find_record(
-    run: str,   # name of a run, its folder, or its run.json
+    run: str,  # name of a run, its folder, or its run.json
     out: Path,  # folder in which, and in whose folders, a name is looked for
 ) -> Record:
     "The record of a run on this machine; raises `InputError`."
-    if Path(run).exists(): return read_record(run)
+    if Path(run).exists():
+        return read_record(run)
     found = {}
     for path in [out / "run.json", *sorted(out.glob("*/run.json"))]:
-        try: record = read_record(path)
-        except InputError: continue  # somebody else's run.json
+        try:
+            record = read_record(path)
+        except InputError:
+            continue  # somebody else's run.json
         found[record.plan.name] = record
-    if run.split("~")[0] in found: return found[run.split("~")[0]]
-    raise InputError(f"{run}: no such folder, and no run of that name in {out} ({'which holds ' + ', '.join(found) if found else 'which holds no run'}); for a run on a stack, give its --bucket")
+    if run.split("~")[0] in found:
+        return found[run.split("~")[0]]
+    raise InputError(
+        f"{run}: no such folder, and no run of that name in {out} ({'which holds ' + ', '.join(found) if found else 'which holds no run'}); for a run on a stack, give its --bucket"
+    )
 
 # %% ../../nbs/local/05_replay.ipynb #75df2249
 def open_bucket(
     name: str,
-    region: str="",  # empty: that of the environment
+    region: str = "",  # empty: that of the environment
 ) -> Bucket:
     "A bucket that is there and may be read; raises `InputError`."
     try:
         client = boto3.client("s3", region_name=region or None)
         client.head_bucket(Bucket=name)
     except ClientError as error:
-        why = {"404": "there is no such bucket", "403": "you may not read it"}.get(error.response["Error"]["Code"], error.response["Error"].get("Message", "S3 refuses"))
+        why = {"404": "there is no such bucket", "403": "you may not read it"}.get(
+            error.response["Error"]["Code"],
+            error.response["Error"].get("Message", "S3 refuses"),
+        )
         raise InputError(f"s3://{name}: {why}") from None
-    except BotoCoreError as error: raise InputError(f"s3://{name}: {str(error).rstrip('.')}") from None
+    except BotoCoreError as error:
+        raise InputError(f"s3://{name}: {str(error).rstrip('.')}") from None
     return Bucket(client, name)
+
 
 def record_in_bucket(
     bucket: Bucket,
@@ -97,24 +141,56 @@ def record_in_bucket(
     "The record of a run that has finished, failed or been stopped; raises `InputError`."
     name = run.split("~")[0]
     keys = bucket.keys(f"training_results/{name}/")
-    ends = [key for key in (f"training_results/{name}/run.json", f"training_results/{name}/stopped.json") if key in keys]
-    if not ends: raise InputError(f"s3://{bucket.name}: no run {name} has ended here{_others(bucket)}")
+    ends = [
+        key
+        for key in (
+            f"training_results/{name}/run.json",
+            f"training_results/{name}/stopped.json",
+        )
+        if key in keys
+    ]
+    if not ends:
+        raise InputError(f"s3://{bucket.name}: no run {name} has ended here{_others(bucket)}")
     ended = json.loads(bucket.get(ends[0]))
-    plan = msgspec.convert(ended["plan"], Plan) if "plan" in ended else msgspec.json.decode(bucket.get(f"training_checkpoints/{name}/plan.json"), type=Plan)
-    made = [key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")]
-    costs = _costs(Kept(bucket, f"training_results/{name}/results.json")) if ends[0].endswith("run.json") else []
-    epochs = ended["epochs"] + ends[0].endswith("stopped.json")  # the one in which it ended had begun, and is the one to look into
-    return Record(plan, epochs, costs, {int(Path(key).stem): Kept(bucket, key) for key in made})
+    plan = (
+        msgspec.convert(ended["plan"], Plan)
+        if "plan" in ended
+        else msgspec.json.decode(
+            bucket.get(f"training_checkpoints/{name}/plan.json"), type=Plan
+        )
+    )
+    made = [
+        key for key in bucket.keys(f"training_checkpoints/{name}/") if key.endswith(".npz")
+    ]
+    costs = (
+        _costs(Kept(bucket, f"training_results/{name}/results.json"))
+        if ends[0].endswith("run.json")
+        else []
+    )
+    epochs = ended["epochs"] + ends[0].endswith(
+        "stopped.json"
+    )  # the one in which it ended had begun, and is the one to look into
+    return Record(
+        plan, epochs, costs, {int(Path(key).stem): Kept(bucket, key) for key in made}
+    )
+
 
 def _others(bucket: Bucket) -> str:
     "Which runs have ended in a bucket, for whoever asks for one that has not."
-    names = sorted({key.split("/")[1] for key in bucket.keys("training_results/") if key.endswith(("/run.json", "/stopped.json"))})
+    names = sorted(
+        {
+            key.split("/")[1]
+            for key in bucket.keys("training_results/")
+            if key.endswith(("/run.json", "/stopped.json"))
+        }
+    )
     return f"; these have: {', '.join(names)}" if names else ""
+
 
 def images_in_bucket(
     record: Record,
     bucket: Bucket,
-) -> tuple[np.ndarray, np.ndarray]: # images as rows (m, n_inputs); labels (m,)
+) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs); labels (m,)
     "What a run was trained on, as LaunchLambda has left it."
     x, Y = training_data(bucket, record.plan.data)
     return standardise(x, record.plan.parameters.dtype), Y[0]
@@ -123,31 +199,39 @@ def images_in_bucket(
 def training_part(
     record: Record,
     datasets: Datasets,
-) -> tuple[np.ndarray, np.ndarray]: # images as rows (m, n_inputs); labels (m,)
+) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs); labels (m,)
     "What the run was trained on; raises `InputError` if the data can't be that."
     plan = record.plan
-    kept, _ = split(len(datasets.train_x), plan.parameters.validation_fraction, plan.parameters.seed)
+    kept, _ = split(
+        len(datasets.train_x), plan.parameters.validation_fraction, plan.parameters.seed
+    )
     found = (len(kept), datasets.train_x[0].size)
     if found != (plan.images, plan.inputs):
-        raise InputError(f"run {plan.run} was trained on {plan.images} images of {plan.size}x{plan.size} pixels, but the data has {found[0]} of {datasets.size}x{datasets.size}")
+        raise InputError(
+            f"run {plan.run} was trained on {plan.images} images of {plan.size}x{plan.size} pixels, but the data has {found[0]} of {datasets.size}x{datasets.size}"
+        )
     X, Y = standardise(datasets.train_x[kept], plan.parameters.dtype), datasets.train_y[kept]
     price, _ = next(train(plan.parameters, X, Y))
     if record.costs and not np.isclose(price, record.costs[0], rtol=1e-4):
-        raise InputError(f"this is not the data of run {plan.run}: its first epoch cost {record.costs[0]:.6f}, and with this data it would cost {price:.6f}")
+        raise InputError(
+            f"this is not the data of run {plan.run}: its first epoch cost {record.costs[0]:.6f}, and with this data it would cost {price:.6f}"
+        )
     return X, Y
 
 # %% ../../nbs/local/05_replay.ipynb #9b7c3e5c
 def walk(
     plan: Plan,
     beginning: Message,  # of a mini-batch, to the TrainerLambda
-) -> list[Message]: # to NeuronLambdas, in their order
+) -> list[Message]:  # to NeuronLambdas, in their order
     "All messages to the neurons of a mini-batch, in one epoch."
-    if beginning.function == "NeuronLambda": return [beginning]  # one takes the whole mini-batch
+    if beginning.function == "NeuronLambda":
+        return [beginning]  # one takes the whole mini-batch
     found, message = [], beginning
     while asked := trainer_messages(plan, message):
         found += asked
         message = after_layer(asked[-1])
     return found
+
 
 def hop_of_epoch(
     plan: Plan,
@@ -161,27 +245,54 @@ def hop_of_epoch(
 # %% ../../nbs/local/05_replay.ipynb #73209a1c
 def check(
     record: Record,
-    epoch: int, batch: int, layer: int, neuron: int, direction: str,
+    epoch: int,
+    batch: int,
+    layer: int,
+    neuron: int,
+    direction: str,
 ) -> None:
     "Raise an `InputError` unless the run had this invocation."
     plan = record.plan
-    if direction not in ("forward", "backward"): raise InputError(f"direction is {direction}; it may be forward or backward")
-    if not 0 <= epoch < record.epochs: raise InputError(f"epoch is {epoch}; run {plan.run} had the epochs 0 to {record.epochs - 1}")
-    if not 0 <= batch < plan.batches: raise InputError(f"batch is {batch}; run {plan.run} had the mini-batches 0 to {plan.batches - 1}")
-    if not 1 <= layer <= plan.parameters.layers: raise InputError(f"layer is {layer}; run {plan.run} had the layers 1 to {plan.parameters.layers}")
+    if direction not in ("forward", "backward"):
+        raise InputError(f"direction is {direction}; it may be forward or backward")
+    if not 0 <= epoch < record.epochs:
+        raise InputError(
+            f"epoch is {epoch}; run {plan.run} had the epochs 0 to {record.epochs - 1}"
+        )
+    if not 0 <= batch < plan.batches:
+        raise InputError(
+            f"batch is {batch}; run {plan.run} had the mini-batches 0 to {plan.batches - 1}"
+        )
+    if not 1 <= layer <= plan.parameters.layers:
+        raise InputError(
+            f"layer is {layer}; run {plan.run} had the layers 1 to {plan.parameters.layers}"
+        )
     n = plan.parameters.sizes[layer - 1]
-    if not 0 <= neuron < n: raise InputError(f"neuron is {neuron}; layer {layer} of run {plan.run} had the neurons 0 to {n - 1}")
+    if not 0 <= neuron < n:
+        raise InputError(
+            f"neuron is {neuron}; layer {layer} of run {plan.run} had the neurons 0 to {n - 1}"
+        )
+
 
 def message_of(
     plan: Plan,
-    epoch: int, batch: int, layer: int, neuron: int, direction: str,
+    epoch: int,
+    batch: int,
+    layer: int,
+    neuron: int,
+    direction: str,
     source: str,  # of the weights
 ) -> Message:
     "The message that asked for a neuron's forward or backward step."
     beginning = epoch_messages(plan, epoch, source, hop_of_epoch(plan, epoch))[batch]
     for message in walk(plan, beginning):
-        if message.direction == "network": return message
-        if (message.direction, message.layer) == (direction, layer) and message.first <= neuron < message.first + message.count: return message
+        if message.direction == "network":
+            return message
+        if (message.direction, message.layer) == (
+            direction,
+            layer,
+        ) and message.first <= neuron < message.first + message.count:
+            return message
     raise ValueError(f"no message for layer {layer}, neuron {neuron}")
 
 # %% ../../nbs/local/05_replay.ipynb #078a0847
@@ -192,12 +303,15 @@ def weights_after(
     "The network as a checkpoint kept it."
     return unpack(record.checkpoints[epoch].read_bytes())[2]
 
+
 def weights_before(
     record: Record,
     X: np.ndarray,  # images as rows, (m, n_inputs)
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
-) -> tuple[list[Layer], str]: # the network at the beginning of the epoch, and the message's `source`
+) -> tuple[
+    list[Layer], str
+]:  # the network at the beginning of the epoch, and the message's `source`
     "Train up to an epoch, from the newest checkpoint before it or from the beginning."
     parameters, start = record.plan.parameters, 0
     layers = initialise(parameters, X.shape[1])
@@ -206,41 +320,52 @@ def weights_before(
         layers = weights_after(record, start - 1)
     source = ""
     for number in range(start, epoch):
-        if number == epoch - 1: source = f"{number}/{_leader(record.plan, layers, X, Y, number)}"
+        if number == epoch - 1:
+            source = f"{number}/{_leader(record.plan, layers, X, Y, number)}"
         _, layers = train_epoch(parameters, layers, X, Y, number)
     return layers, source
 
+
 def _leader(plan: Plan, layers: list[Layer], X: np.ndarray, Y: np.ndarray, epoch: int) -> int:
     "The mini-batch whose weights go on after an epoch."
-    if plan.parameters.aggregation == "mean": return MASTER
+    if plan.parameters.aggregation == "mean":
+        return MASTER
     batches = mini_batches(len(X), plan.parameters.batch_size, plan.parameters.seed, epoch)
-    return best_batch([cost(activations(plan.parameters, layers, X[batch].T)[-1], Y[None, batch]) for batch in batches])
+    return best_batch(
+        [
+            cost(activations(plan.parameters, layers, X[batch].T)[-1], Y[None, batch])
+            for batch in batches
+        ]
+    )
 
 # %% ../../nbs/local/05_replay.ipynb #49841082
 class Replay(NamedTuple):
     "One invocation of a neuron, with all that it read and computed."
+
     plan: Plan
     message: Message
-    layer: int               # from 1
-    neuron: int              # from 0
+    layer: int  # from 1
+    neuron: int  # from 0
     direction: str
-    images: np.ndarray       # numbers of the mini-batch's images, (m,)
-    labels: np.ndarray       # (m,)
-    cost: float              # of the mini-batch
-    w: np.ndarray            # weights, (n_prev,)
+    images: np.ndarray  # numbers of the mini-batch's images, (m,)
+    labels: np.ndarray  # (m,)
+    cost: float  # of the mini-batch
+    w: np.ndarray  # weights, (n_prev,)
     b: float
-    A_prev: np.ndarray       # what it was given, (n_prev, m)
-    z: np.ndarray            # (m,)
-    a: np.ndarray            # (m,)
-    da: np.ndarray           # what it was told, (m,)
-    dz: np.ndarray           # (m,)
-    dw: np.ndarray           # (n_prev,)
+    A_prev: np.ndarray  # what it was given, (n_prev, m)
+    z: np.ndarray  # (m,)
+    a: np.ndarray  # (m,)
+    da: np.ndarray  # what it was told, (m,)
+    dz: np.ndarray  # (m,)
+    dw: np.ndarray  # (n_prev,)
     db: float
-    w_after: np.ndarray      # its weights after its own step, (n_prev,)
+    w_after: np.ndarray  # its weights after its own step, (n_prev,)
     b_after: float
 
 # %% ../../nbs/local/05_replay.ipynb #df0c0bf7
-def _told(parameters, layers: list[Layer], A: list[np.ndarray], Y: np.ndarray, layer: int) -> np.ndarray:
+def _told(
+    parameters, layers: list[Layer], A: list[np.ndarray], Y: np.ndarray, layer: int
+) -> np.ndarray:
     "dA of a layer: what the layers above tell it, (n, m)."
     dA = cost_gradient(A[-1], Y)
     for l in range(parameters.layers, layer, -1):
@@ -248,30 +373,51 @@ def _told(parameters, layers: list[Layer], A: list[np.ndarray], Y: np.ndarray, l
         dA = input_gradient(layers[l - 1][0], dZ)
     return dA
 
+
 def replay(
     record: Record,
     datasets: Datasets,
     epoch: int,
-    batch: int,      # mini-batch, from 0
-    layer: int,      # from 1
-    neuron: int,     # from 0
+    batch: int,  # mini-batch, from 0
+    layer: int,  # from 1
+    neuron: int,  # from 0
     direction: str,  # forward or backward
 ) -> Replay:
     "Run one invocation again; raises `InputError` if the run never had it, or if the data is not the run's."
     check(record, epoch, batch, layer, neuron, direction)
-    return replay_on(record, *training_part(record, datasets), epoch, batch, layer, neuron, direction)
+    return replay_on(
+        record, *training_part(record, datasets), epoch, batch, layer, neuron, direction
+    )
+
 
 def replay_on(
     record: Record,
     X: np.ndarray,  # the run's training images as rows, (m, n_inputs)
     Y: np.ndarray,  # labels, (m,)
-    epoch: int, batch: int, layer: int, neuron: int, direction: str,
+    epoch: int,
+    batch: int,
+    layer: int,
+    neuron: int,
+    direction: str,
 ) -> Replay:
     "As `replay`, with images that are known to be the run's."
     check(record, epoch, batch, layer, neuron, direction)
-    with np.errstate(all="ignore"): return _compute(record, X, Y, epoch, batch, layer, neuron, direction)  # a run that burst is one to look into
+    with np.errstate(all="ignore"):
+        return _compute(
+            record, X, Y, epoch, batch, layer, neuron, direction
+        )  # a run that burst is one to look into
 
-def _compute(record: Record, X: np.ndarray, Y: np.ndarray, epoch: int, batch: int, layer: int, neuron: int, direction: str) -> Replay:
+
+def _compute(
+    record: Record,
+    X: np.ndarray,
+    Y: np.ndarray,
+    epoch: int,
+    batch: int,
+    layer: int,
+    neuron: int,
+    direction: str,
+) -> Replay:
     "The invocation's numbers."
     plan, parameters = record.plan, record.plan.parameters
     layers, source = weights_before(record, X, Y, epoch)
@@ -282,9 +428,27 @@ def _compute(record: Record, X: np.ndarray, Y: np.ndarray, epoch: int, batch: in
     dz, dw, db = backward(da, A[layer][row], A[layer - 1], parameters.activation(layer))
     w_after, b_after, *_ = step(parameters, own, dw, db, epoch)
     z = own[0] @ A[layer - 1] + own[1]
-    return Replay(plan, message_of(plan, epoch, batch, layer, neuron, direction, source), layer, neuron, direction, chosen, Y[chosen],
-                  cost(A[-1], Y[None, chosen]), own[0][0], float(own[1][0, 0]), A[layer - 1], z[0], A[layer][neuron], da[0], dz[0], dw[0], float(db[0, 0]),
-                  w_after[0], float(b_after[0, 0]))
+    return Replay(
+        plan,
+        message_of(plan, epoch, batch, layer, neuron, direction, source),
+        layer,
+        neuron,
+        direction,
+        chosen,
+        Y[chosen],
+        cost(A[-1], Y[None, chosen]),
+        own[0][0],
+        float(own[1][0, 0]),
+        A[layer - 1],
+        z[0],
+        A[layer][neuron],
+        da[0],
+        dz[0],
+        dw[0],
+        float(db[0, 0]),
+        w_after[0],
+        float(b_after[0, 0]),
+    )
 
 # %% ../../nbs/local/05_replay.ipynb #61e941eb
 def _number(x: float) -> str:
@@ -292,10 +456,11 @@ def _number(x: float) -> str:
     text = f"{x:.6g}"
     return f"({text})" if x < 0 else text
 
+
 def _sum(
     left: np.ndarray,
     right: np.ndarray,
-    most: int=4,        # terms that are shown
+    most: int = 4,  # terms that are shown
 ) -> str:
     "The sum of the products of two rows, the largest terms first."
     terms = left * right
@@ -304,61 +469,97 @@ def _sum(
     zeros = f", {np.sum(terms == 0)} of them 0" if (terms == 0).any() else ""
     return shown + (f" + … ({len(left)} terms{zeros})" if len(order) < len(left) else "")
 
-def _row(values: np.ndarray, most: int=8) -> str:
+
+def _row(values: np.ndarray, most: int = 8) -> str:
     "The first numbers of a row."
     return " ".join(f"{v:.4g}" for v in values[:most]) + (" …" if len(values) > most else "")
 
 # %% ../../nbs/local/05_replay.ipynb #cb2d658b
-BENDS = {"relu": "max(z, 0)", "leaky_relu": "max(z, 0.01 z)", "tanh": "tanh z", "sigmoid": "1 / (1 + e^-z)"}
-SLOPES = {"relu": "1 if a > 0, else 0", "leaky_relu": "1 if a > 0, else 0.01", "tanh": "1 - a²", "sigmoid": "a (1 - a)"}
+BENDS = {
+    "relu": "max(z, 0)",
+    "leaky_relu": "max(z, 0.01 z)",
+    "tanh": "tanh z",
+    "sigmoid": "1 / (1 + e^-z)",
+}
+SLOPES = {
+    "relu": "1 if a > 0, else 0",
+    "leaky_relu": "1 if a > 0, else 0.01",
+    "tanh": "1 - a²",
+    "sigmoid": "a (1 - a)",
+}
+
 
 def shown_image(
     found: Replay,
-) -> int: # its place in the mini-batch
+) -> int:  # its place in the mini-batch
     "The first image that the neuron fires for, or else the first."
     return int(np.argmax(found.a > 0))
+
 
 def _forward_lines(found: Replay, i: int) -> list[str]:
     "The forward formulas."
     name = found.plan.parameters.activation(found.layer)
-    return ["",
+    return [
+        "",
         f"  inputs   a_prev = {_row(found.A_prev[:, i])}   ({len(found.w)} numbers)",
         f"  weights  w      = {_row(found.w)}",
-        f"  bias     b      = {found.b:.6g}", "",
+        f"  bias     b      = {found.b:.6g}",
+        "",
         f"  z = w · a_prev + b",
         f"    = {_sum(found.w, found.A_prev[:, i])} + {_number(found.b)}",
         f"    = {found.z[i]:.6g}",
         f"  a = {name}(z) = {BENDS[name]}",
-        f"    = {found.a[i]:.6g}"]
+        f"    = {found.a[i]:.6g}",
+    ]
+
 
 def _backward_lines(found: Replay, i: int) -> list[str]:
     "The backward formulas."
     parameters, m, j = found.plan.parameters, len(found.a), int(np.argmax(np.abs(found.dw)))
     name = parameters.activation(found.layer)
-    slope = float(ACTIVATIONS[name][1](found.a[i:i + 1])[0])
-    lines = ["",
+    slope = float(ACTIVATIONS[name][1](found.a[i : i + 1])[0])
+    lines = [
+        "",
         f"  a      = {found.a[i]:.6g}      (what it gave)",
         f"  da     = {found.da[i]:.6g}      (what it is told: how the cost changes with a)",
         f"  g'(z)  = {SLOPES[name]} = {slope:.6g}",
         f"  dz = da · g'(z)",
-        f"     = {_number(found.da[i])} · {_number(slope)} = {found.dz[i]:.6g}", "",
+        f"     = {_number(found.da[i])} · {_number(slope)} = {found.dz[i]:.6g}",
+        "",
         f"Over all {m} images",
         f"  dw_j = 1/{m} · Σ dz · a_prev_j       for the weight that moves most, j = {j}:",
         f"       = 1/{m} · ({_sum(found.dz, found.A_prev[j], 3)})",
         f"       = {found.dw[j]:.6g}",
         f"  dw   = {_row(found.dw)}   ({len(found.dw)} numbers)",
-        f"  db   = 1/{m} · Σ dz = {found.db:.6g}"]
+        f"  db   = 1/{m} · Σ dz = {found.db:.6g}",
+    ]
     return lines + _step_lines(found, j)
+
 
 def _step_lines(found: Replay, j: int) -> list[str]:
     "The step of the optimizer."
     parameters = found.plan.parameters
-    if parameters.aggregation == "mean": return ["", "Its gradient goes to LaunchLambda, which takes the mean over the mini-batches."]
-    rule = f" (with {parameters.optimizer.name})" if parameters.optimizer.name != "sgd" or parameters.optimizer.l2 else ""
-    exact = "" if rule else f" = {_number(found.w[j])} - {parameters.learning_rate:g} · {_number(found.dw[j])}"
-    return ["", f"Its own step{rule}, which counts if its mini-batch has the lowest cost",
-            f"  w_{j} ← w_{j} - η · dw_{j}{exact} = {found.w_after[j]:.6g}",
-            f"  b ← b - η · db = {found.b_after:.6g}"]
+    if parameters.aggregation == "mean":
+        return [
+            "",
+            "Its gradient goes to LaunchLambda, which takes the mean over the mini-batches.",
+        ]
+    rule = (
+        f" (with {parameters.optimizer.name})"
+        if parameters.optimizer.name != "sgd" or parameters.optimizer.l2
+        else ""
+    )
+    exact = (
+        ""
+        if rule
+        else f" = {_number(found.w[j])} - {parameters.learning_rate:g} · {_number(found.dw[j])}"
+    )
+    return [
+        "",
+        f"Its own step{rule}, which counts if its mini-batch has the lowest cost",
+        f"  w_{j} ← w_{j} - η · dw_{j}{exact} = {found.w_after[j]:.6g}",
+        f"  b ← b - η · db = {found.b_after:.6g}",
+    ]
 
 # %% ../../nbs/local/05_replay.ipynb #61b12d48
 def explain(
@@ -367,21 +568,40 @@ def explain(
     "The invocation in words and numbers."
     message, i, m = found.message, shown_image(found), len(found.a)
     kind = found.plan.classes[int(found.labels[i])]
-    fires = int((found.a > 0).sum()) if found.plan.parameters.activation(found.layer) != "sigmoid" else int((found.a >= .5).sum())
-    shared = f" (in a block with its whole {'layer' if message.direction != 'network' else 'network'})" if message.direction == "network" or message.count > 1 else ""
-    head = [f"NeuronLambda {message.id}{shared}",
-            f"event  {json.dumps(msgspec.to_builtins(message))}", "",
-            f"Neuron {found.neuron} of layer {found.layer}, {found.direction}, in mini-batch {message.batch} of epoch {message.epoch}: {m} images, cost {found.cost:.6f}",
-            f"  images   {_row(found.images, 12)}",
-            f"  labels   {_row(found.labels, 12)}",
-            f"  a        {_row(found.a)}   (it fires for {fires} of {m})", "",
-            f"Image {found.images[i]}, a {kind}" + ("" if found.a[i] > 0 else "; the neuron fires for no image")]
-    return "\n".join(head + (_forward_lines if found.direction == "forward" else _backward_lines)(found, i))
+    fires = (
+        int((found.a > 0).sum())
+        if found.plan.parameters.activation(found.layer) != "sigmoid"
+        else int((found.a >= 0.5).sum())
+    )
+    shared = (
+        f" (in a block with its whole {'layer' if message.direction != 'network' else 'network'})"
+        if message.direction == "network" or message.count > 1
+        else ""
+    )
+    head = [
+        f"NeuronLambda {message.id}{shared}",
+        f"event  {json.dumps(msgspec.to_builtins(message))}",
+        "",
+        f"Neuron {found.neuron} of layer {found.layer}, {found.direction}, in mini-batch {message.batch} of epoch {message.epoch}: {m} images, cost {found.cost:.6f}",
+        f"  images   {_row(found.images, 12)}",
+        f"  labels   {_row(found.labels, 12)}",
+        f"  a        {_row(found.a)}   (it fires for {fires} of {m})",
+        "",
+        f"Image {found.images[i]}, a {kind}"
+        + ("" if found.a[i] > 0 else "; the neuron fires for no image"),
+    ]
+    return "\n".join(
+        head + (_forward_lines if found.direction == "forward" else _backward_lines)(found, i)
+    )
 
 # %% ../../nbs/local/05_replay.ipynb #b841ad81
 def as_dict(
     found: Replay,
 ) -> dict:
     "The invocation as values that JSON knows."
-    plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found._asdict().items() if name not in ("plan", "message")}
+    plain = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in found._asdict().items()
+        if name not in ("plan", "message")
+    }
     return {"event": msgspec.to_builtins(found.message), **plain}

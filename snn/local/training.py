@@ -29,9 +29,10 @@ from ..maths import data, model
 from ..maths.parameters import InputError, Parameters
 
 # %% ../../nbs/local/04_training.ipynb #c1bc348a
-def drawn_datasets() -> Path: # of a datasets.h5
+def drawn_datasets() -> Path:  # of a datasets.h5
     "The drawn data set, drawn if it is not there yet."
     from snn.maths import drawing
+
     edition = hashlib.sha256(Path(drawing.__file__).read_bytes()).hexdigest()[:8]
     path = data.cache_folder() / f"drawn-{edition}.h5"
     if not path.is_file():
@@ -42,46 +43,69 @@ def drawn_datasets() -> Path: # of a datasets.h5
 # %% ../../nbs/local/04_training.ipynb #3a40abd8
 class Progress(NamedTuple):
     "How far a run is."
+
     status: Status
     invocations: int  # so far
-    seconds: float    # since the upload
+    seconds: float  # since the upload
+
 
 def watch(
     cloud: LocalCloud,
-    name: str,                # of the run
+    name: str,  # of the run
     report: Callable[[Progress], None],
-    mirror: Path,             # what the run needs to be taken up is copied here as it comes
-    etag: str="",             # of the upload, which may be refused
-    every: float=.2,          # seconds
+    mirror: Path,  # what the run needs to be taken up is copied here as it comes
+    etag: str = "",  # of the upload, which may be refused
+    every: float = 0.2,  # seconds
 ) -> Plan:
     "Report on a run until it ends; raises `RuntimeError` with the reason if it fails."
-    services, began, copied = cloud.services, time.monotonic(), 0.
+    services, began, copied = cloud.services, time.monotonic(), 0.0
     while True:
-        try: status, invocations = _look(services, name)
-        except redis.ConnectionError: status, invocations = Status(), 0  # the cloud is starting its parameter server again
+        try:
+            status, invocations = _look(services, name)
+        except redis.ConnectionError:
+            status, invocations = (
+                Status(),
+                0,
+            )  # the cloud is starting its parameter server again
         if status.state != "running" or _is_missing(mirror, name, time.monotonic() - copied):
             copy_down(cloud.bucket, mirror, name)
             copied = time.monotonic()
         report(Progress(status, invocations, time.monotonic() - began))
-        if status.state == "finished": return services.runs.plan(services.runs.newest(name))
-        if status.state != "running": raise RuntimeError(f"run {name} {status.state} after {status.epoch + 1} epochs: {status.reason}")
+        if status.state == "finished":
+            return services.runs.plan(services.runs.newest(name))
+        if status.state != "running":
+            raise RuntimeError(
+                f"run {name} {status.state} after {status.epoch + 1} epochs: {status.reason}"
+            )
         for upload, reason in services.runs.refused().items():
-            if upload in (etag, "LaunchLambda"): raise InputError(reason)
-        if cloud.failed: raise RuntimeError(cloud.failed)
+            if upload in (etag, "LaunchLambda"):
+                raise InputError(reason)
+        if cloud.failed:
+            raise RuntimeError(cloud.failed)
         time.sleep(every)
+
 
 def _is_missing(mirror: Path, name: str, seconds: float) -> bool:
     "Must we look what is to be copied? At once until there is the plan, without which no run can be taken up; after that each second, in a run with checkpoints."
     plan = mirror / f"training_checkpoints/{name}/plan.json"
-    return not plan.exists() or seconds > 1 and bool(msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every)
+    return (
+        not plan.exists()
+        or seconds > 1
+        and bool(msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every)
+    )
+
 
 def _look(services: Services, name: str) -> tuple[Status, int]:
     "A run's status and how many invocations it has made."
     run = services.runs.newest(name)
-    if not services.runs.knows(run): return Status(), 0
+    if not services.runs.knows(run):
+        return Status(), 0
     status = services.runs.status(run)
-    if services.runs.newest(name) != run: return _look(services, name)  # it was taken up again between two questions
-    return status, sum(count.attempts for count in services.ledger.counts(services.runs.plan(run)).values())
+    if services.runs.newest(name) != run:
+        return _look(services, name)  # it was taken up again between two questions
+    return status, sum(
+        count.attempts for count in services.ledger.counts(services.runs.plan(run)).values()
+    )
 
 # %% ../../nbs/local/04_training.ipynb #6251b78a
 def copy_down(
@@ -90,9 +114,17 @@ def copy_down(
     name: str,  # of the run
 ) -> None:
     "Copy new files of a run from the bucket; each is complete or not there."
-    made = [key for prefix in (f"training_checkpoints/{name}/", f"training_data/{name}") for key in bucket.keys(prefix)]
-    for key in reversed(made):  # LaunchLambda leaves the images before the plan: where a plan is listed, the images are, and they come first
-        if not (mirror / key).exists(): _write_whole(mirror / key, bucket.get(key))
+    made = [
+        key
+        for prefix in (f"training_checkpoints/{name}/", f"training_data/{name}")
+        for key in bucket.keys(prefix)
+    ]
+    for key in reversed(
+        made
+    ):  # LaunchLambda leaves the images before the plan: where a plan is listed, the images are, and they come first
+        if not (mirror / key).exists():
+            _write_whole(mirror / key, bucket.get(key))
+
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,32 +132,36 @@ def _write_whole(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     partial.replace(path)
 
+
 def copy_up(
     bucket: Bucket,
     mirror: Path,
 ) -> None:
     "Put what was copied back into a bucket."
     for path in sorted(mirror.glob("training_*/**/*")):
-        if path.is_file() and path.suffix != ".partial": bucket.put(path.relative_to(mirror).as_posix(), path.read_bytes())
+        if path.is_file() and path.suffix != ".partial":
+            bucket.put(path.relative_to(mirror).as_posix(), path.read_bytes())
 
 # %% ../../nbs/local/04_training.ipynb #8cdbba70
 class Outcome(NamedTuple):
     "What a training on this machine ends with."
+
     run: str
     reason: str
     epochs: int
     cost: float
-    evaluation: model.Evaluation   # on the test images
-    invocations: int               # attempts of all three functions, the upload's included
-    duplicates: int                # of them, those that found their work done
-    seconds: float                 # from the upload to the model
+    evaluation: model.Evaluation  # on the test images
+    invocations: int  # attempts of all three functions, the upload's included
+    duplicates: int  # of them, those that found their work done
+    seconds: float  # from the upload to the model
     files: dict[str, Path]
+
 
 def fetch(
     bucket: Bucket,
     run: str,
     out: Path,
-) -> dict[str, Path]: # by name
+) -> dict[str, Path]:  # by name
     "Copy a run's files from the bucket into a folder."
     for name in ("results.json", "run.json", "params.h5"):
         _write_whole(out / name, bucket.get(f"training_results/{run}/{name}"))
@@ -134,18 +170,35 @@ def fetch(
 # %% ../../nbs/local/04_training.ipynb #ea7c972f
 def plot_costs(
     costs: list[float],  # per epoch
-    threshold: float,    # drawn unless it is 0
-    path: Path,          # of the picture
+    threshold: float,  # drawn unless it is 0
+    path: Path,  # of the picture
 ) -> None:
     "Draw the cost of each epoch into a PNG."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.add_subplot(xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log", title="Cost of each epoch")
-    axis.plot(range(1, len(costs) + 1), costs, color="#0072b2", linewidth=1, marker="o" if len(costs) == 1 else None)
-    if threshold: axis.axhline(threshold, color="#d55e00", linestyle="--", linewidth=1, label=f"threshold {threshold:g}"); axis.legend()
-    axis.grid(alpha=.3, which="both")
+    axis = figure.add_subplot(
+        xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log", title="Cost of each epoch"
+    )
+    axis.plot(
+        range(1, len(costs) + 1),
+        costs,
+        color="#0072b2",
+        linewidth=1,
+        marker="o" if len(costs) == 1 else None,
+    )
+    if threshold:
+        axis.axhline(
+            threshold,
+            color="#d55e00",
+            linestyle="--",
+            linewidth=1,
+            label=f"threshold {threshold:g}",
+        )
+        axis.legend()
+    axis.grid(alpha=0.3, which="both")
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
     partial.replace(path)
@@ -155,13 +208,31 @@ def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: flo
     "Fetch the results of a run that has finished, and tidy up."
     files = fetch(cloud.bucket, plan.name, out)
     seconds, counts = time.monotonic() - began, cloud.services.ledger.counts(plan).values()
-    record, trained, test = json.loads(files["run.json"].read_text()), model.read(files["params.h5"]), data.read(datasets)
-    costs = [epoch["cost"] for name, epoch in json.loads(files["results.json"].read_text()).items() if name.startswith("epoch")]
+    record, trained, test = (
+        json.loads(files["run.json"].read_text()),
+        model.read(files["params.h5"]),
+        data.read(datasets),
+    )
+    costs = [
+        epoch["cost"]
+        for name, epoch in json.loads(files["results.json"].read_text()).items()
+        if name.startswith("epoch")
+    ]
     plot_costs(costs, plan.parameters.threshold, out / "cost.png")
     evaluation = model.evaluate(trained, test.test_x, test.test_y)
     _keep_checkpoints(out, plan)
-    return Outcome(plan.name, record["reason"], record["epochs"], record["cost"], evaluation, sum(c.attempts for c in counts),
-                   sum(c.duplicates for c in counts), seconds, {**files, "cost.png": out / "cost.png"})
+    return Outcome(
+        plan.name,
+        record["reason"],
+        record["epochs"],
+        record["cost"],
+        evaluation,
+        sum(c.attempts for c in counts),
+        sum(c.duplicates for c in counts),
+        seconds,
+        {**files, "cost.png": out / "cost.png"},
+    )
+
 
 def _keep_checkpoints(out: Path, plan: Plan) -> None:
     "Checkpoints that were asked for stay with the results; the rest of the copy goes."
@@ -173,21 +244,23 @@ def _keep_checkpoints(out: Path, plan: Plan) -> None:
 # %% ../../nbs/local/04_training.ipynb #6af404af
 UNFINISHED = "unfinished"
 
+
 def train(
     parameters: Parameters,
-    datasets: Path,                                       # a datasets.h5, checked
-    out: Path,                                            # folder for the results
-    report: Callable[[Progress], None]=lambda progress: None,
-    workers: int | None=None,                             # as many as there are processors
-    ledger: str="store",                                  # or dynamodb
-    runtime: str="inline",                                # or lambda
-    test: Path | None=None,                               # the file with the test part, if it is another one
+    datasets: Path,  # a datasets.h5, checked
+    out: Path,  # folder for the results
+    report: Callable[[Progress], None] = lambda progress: None,
+    workers: int | None = None,  # as many as there are processors
+    ledger: str = "store",  # or dynamodb
+    runtime: str = "inline",  # or lambda
+    test: Path | None = None,  # the file with the test part, if it is another one
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
     found = data.read(datasets, test=test)
     check_run(parameters, len(found.train_x), found.train_x[0].size, memory_here())
     sent, kept = data.content(datasets, test), out / UNFINISHED / "datasets.h5"
-    if runtime == "lambda" and parameters.residents: workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
+    if runtime == "lambda" and parameters.residents:
+        workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
     with LocalCloud(workers, ledger, runtime=runtime) as cloud:
         began = time.monotonic()
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -196,18 +269,23 @@ def train(
         plan = watch(cloud, run_id(upload, parameters), report, out / UNFINISHED, upload.etag)
         return _finish(cloud, plan, out, kept, began)
 
+
 def cut_short(
     out: Path,  # folder of a training
 ) -> Plan:
     "The plan of the run that was cut short in `out`; raises `InputError` if there is none."
     plans = sorted((out / UNFINISHED).glob("training_checkpoints/*/plan.json"))
-    if not plans: raise InputError(f"{out}: no run was cut short here, or it had not begun yet; start one with snn train --out {out}")
+    if not plans:
+        raise InputError(
+            f"{out}: no run was cut short here, or it had not begun yet; start one with snn train --out {out}"
+        )
     return msgspec.json.decode(plans[-1].read_bytes(), type=Plan)
 
+
 def resume(
-    out: Path,                                            # folder of a run that was cut short
-    report: Callable[[Progress], None]=lambda progress: None,
-    workers: int | None=None,                             # as many as there are processors
+    out: Path,  # folder of a run that was cut short
+    report: Callable[[Progress], None] = lambda progress: None,
+    workers: int | None = None,  # as many as there are processors
 ) -> Outcome:
     "Take up the run that was cut short in `out`; raises `InputError` if there is none."
     mirror, name = out / UNFINISHED, cut_short(out).name

@@ -26,7 +26,12 @@ from .server import KEEP_MEMORY, answers
 def handlers() -> dict[str, Callable]:
     "The three functions by name."
     from snn.handlers import launch, neuron, trainer
-    return {"LaunchLambda": launch.lambda_handler, "TrainerLambda": trainer.lambda_handler, "NeuronLambda": neuron.lambda_handler}
+
+    return {
+        "LaunchLambda": launch.lambda_handler,
+        "TrainerLambda": trainer.lambda_handler,
+        "NeuronLambda": neuron.lambda_handler,
+    }
 
 # %% ../../nbs/local/02_worker.ipynb #627c6bea
 def run_one(
@@ -35,55 +40,98 @@ def run_one(
     services: Services,
 ) -> None:
     "Run a message's function; if it fails, put it back, or aside after three tries."
-    try: reason = attempt(envelope, lambda event: functions[envelope.function](event, None), services.bus.put, services)
-    except (redis.RedisError, Refusing): raise
-    except Exception as error: reason = f"{type(error).__name__}: {error}"  # it is about no run that could be ended
-    if reason: services.bus.bury(envelope, reason)
+    try:
+        reason = attempt(
+            envelope,
+            lambda event: functions[envelope.function](event, None),
+            services.bus.put,
+            services,
+        )
+    except (redis.RedisError, Refusing):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"  # it is about no run that could be ended
+    if reason:
+        services.bus.bury(envelope, reason)
 
 # %% ../../nbs/local/02_worker.ipynb #3c82cee4
-SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1", **KEEP_MEMORY}
+SETTINGS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",
+    **KEEP_MEMORY,
+}
+
 
 def main() -> None:
     "Work until told to stop."
     name, parent = sys.argv[1], int(sys.argv[2])
-    logging.getLogger("snn").setLevel(logging.ERROR)  # the program that has started us says it, once for all
+    logging.getLogger("snn").setLevel(
+        logging.ERROR
+    )  # the program that has started us says it, once for all
     try:
         services, functions = process_services(), handlers()
         while os.getppid() == parent:
-            for envelope in services.bus.take(name): run_one(envelope, functions, services)
-    except Refusing: pass           # so it is told as well
-    except redis.ConnectionError:   # the server has gone; when it is there again, a new worker takes up what we had in hand
+            for envelope in services.bus.take(name):
+                run_one(envelope, functions, services)
+    except Refusing:
+        pass  # so it is told as well
+    except redis.ConnectionError:  # the server has gone; when it is there again, a new worker takes up what we had in hand
         ready = answers(os.environ["SNN_REDIS_URL"])
-        while os.getppid() == parent and not ready(): time.sleep(.2)
+        while os.getppid() == parent and not ready():
+            time.sleep(0.2)
 
 # %% ../../nbs/local/02_worker.ipynb #f9773f33
 def cores() -> int:
     "Processors that this program may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
+
 
 class Workers:
     "A handful of worker processes. One that dies is replaced, and what it had in hand goes back into the queue."
-    program = "from snn.local.worker import main; main()"  # is given its name, and whose child it is
 
-    def __init__(self,
+    program = (
+        "from snn.local.worker import main; main()"  # is given its name, and whose child it is
+    )
+
+    def __init__(
+        self,
         environment: dict[str, str],  # that leads them to the services
-        count: int | None=None,       # as many as there are processors
+        count: int | None = None,  # as many as there are processors
     ):
         self.count = count or cores()
-        self.environment = surroundings({**SETTINGS, **environment, "SNN_WORKERS": str(self.count)})
+        self.environment = surroundings(
+            {**SETTINGS, **environment, "SNN_WORKERS": str(self.count)}
+        )
         self.queue = Services(self.environment).bus
-        self.processes, self.deaths = {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)}, 0
+        self.processes, self.deaths = (
+            {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)},
+            0,
+        )
 
     def _start(self, name: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-P", "-c", self.program, name, str(os.getpid())],
-                                env=self.environment, stdin=subprocess.DEVNULL,
-                                process_group=0)  # Ctrl-C is for the parent, which then stops its workers
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", self.program, name, str(os.getpid())],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )  # Ctrl-C is for the parent, which then stops its workers
 
-    def look_after(self) -> int: # how many had died
+    def look_after(self) -> int:  # how many had died
         "Replace workers that have died; raises `RuntimeError` if they do so each time."
         dead = [name for name, process in self.processes.items() if process.poll() is not None]
-        self.deaths = self.deaths + len(dead) if dead else 0  # without a look that found all alive
-        if self.deaths > 5 * self.count: raise RuntimeError("the workers die as soon as they start; what they say is on standard error")
+        self.deaths = (
+            self.deaths + len(dead) if dead else 0
+        )  # without a look that found all alive
+        if self.deaths > 5 * self.count:
+            raise RuntimeError(
+                "the workers die as soon as they start; what they say is on standard error"
+            )
         for name in dead:
             self.queue.recover(name)
             self.processes[name] = self._start(name)
@@ -95,5 +143,7 @@ class Workers:
 
     def close(self) -> None:
         "Stop all workers."
-        for process in self.processes.values(): process.terminate()
-        for process in self.processes.values(): process.wait()
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            process.wait()

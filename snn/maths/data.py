@@ -23,10 +23,11 @@ from .parameters import InputError
 # %% ../../nbs/maths/03_data.ipynb #04524b03
 class Datasets(NamedTuple):
     "The images and labels of one `datasets.h5`."
-    train_x: np.ndarray             # (m_train, size, size, 3) uint8
-    train_y: np.ndarray             # (m_train,) int64, 0 or 1
-    test_x: np.ndarray              # (m_test, size, size, 3) uint8
-    test_y: np.ndarray              # (m_test,) int64, 0 or 1
+
+    train_x: np.ndarray  # (m_train, size, size, 3) uint8
+    train_y: np.ndarray  # (m_train,) int64, 0 or 1
+    test_x: np.ndarray  # (m_test, size, size, 3) uint8
+    test_y: np.ndarray  # (m_test,) int64, 0 or 1
     classes: tuple[str, str] = ("non-cat", "cat")
 
     @property
@@ -37,85 +38,122 @@ class Datasets(NamedTuple):
 # %% ../../nbs/maths/03_data.ipynb #9639530a
 NAMES = ("train_set_x", "train_set_y", "test_set_x", "test_set_y", "list_classes")
 
+
 def _check_images(name: str, images: np.ndarray) -> None:
     "Raise an `InputError` unless `images` are square RGB pictures in uint8."
     if images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"{name} has the shape {images.shape}; it must be (images, size, size, 3)")
-    if len(images) == 0: raise InputError(f"{name} holds no images; it needs at least one")
+        raise InputError(
+            f"{name} has the shape {images.shape}; it must be (images, size, size, 3)"
+        )
+    if len(images) == 0:
+        raise InputError(f"{name} holds no images; it needs at least one")
     if images.shape[1] != images.shape[2]:
-        raise InputError(f"{name} holds images of {images.shape[1]}x{images.shape[2]} pixels; they must be square")
-    if images.shape[1] == 0: raise InputError(f"{name} holds images without pixels")
-    if images.dtype != np.uint8: raise InputError(f"{name} is {images.dtype}; it must be uint8, 0 to 255")
+        raise InputError(
+            f"{name} holds images of {images.shape[1]}x{images.shape[2]} pixels; they must be square"
+        )
+    if images.shape[1] == 0:
+        raise InputError(f"{name} holds images without pixels")
+    if images.dtype != np.uint8:
+        raise InputError(f"{name} is {images.dtype}; it must be uint8, 0 to 255")
 
 # %% ../../nbs/maths/03_data.ipynb #3c16cb34
 def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
     "Raise an `InputError` unless `labels` are `count` zeros and ones."
-    if labels.ndim != 1: raise InputError(f"{name} has the shape {labels.shape}; it must be ({count},)")
-    if not np.issubdtype(labels.dtype, np.integer): raise InputError(f"{name} is {labels.dtype}; it must be whole numbers, 0 or 1")
-    if len(labels) != count: raise InputError(f"{name} has {len(labels)} labels for {count} images; each image needs one")
+    if labels.ndim != 1:
+        raise InputError(f"{name} has the shape {labels.shape}; it must be ({count},)")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{name} is {labels.dtype}; it must be whole numbers, 0 or 1")
+    if len(labels) != count:
+        raise InputError(
+            f"{name} has {len(labels)} labels for {count} images; each image needs one"
+        )
     wrong = labels[(labels != 0) & (labels != 1)]
-    if len(wrong): raise InputError(f"{name} holds the label {wrong[0]}; labels are 0 (not a cat) and 1 (cat)")
+    if len(wrong):
+        raise InputError(
+            f"{name} holds the label {wrong[0]}; labels are 0 (not a cat) and 1 (cat)"
+        )
 
 # %% ../../nbs/maths/03_data.ipynb #77b3defd
 def check_classes(
-    name: str,                # of what holds them
+    name: str,  # of what holds them
     classes: tuple[str, ...],
 ) -> None:
     "Raise an `InputError` unless there are two names, and each says something else."
-    if len(classes) != 2: raise InputError(f"{name} holds {len(classes)} names; it must be two")
+    if len(classes) != 2:
+        raise InputError(f"{name} holds {len(classes)} names; it must be two")
     if not all(c.strip() for c in classes):
         raise InputError(f"{name} holds an empty name; each class needs one")
     if classes[0] == classes[1]:
         raise InputError(f"{name} calls both classes {classes[0]}; they must differ")
+
 
 def _check_part(part: str, images: np.ndarray, labels: np.ndarray) -> None:
     "Raise an `InputError` for what is wrong with the images or labels of `train` or `test`."
     _check_images(f"{part}_set_x", images)
     _check_labels(f"{part}_set_y", labels, len(images))
 
+
 def check(
     datasets: Datasets,
-) -> Datasets: # the same
+) -> Datasets:  # the same
     "Raise an `InputError` for the first thing that a network could not be trained or tested on."
     _check_part("train", datasets.train_x, datasets.train_y)
     _check_part("test", datasets.test_x, datasets.test_y)
     if datasets.test_x.shape[1:] != datasets.train_x.shape[1:]:
-        raise InputError(f"test_set_x holds images of {datasets.test_x.shape[1]} pixels, "
-                         f"but train_set_x of {datasets.size}")
+        raise InputError(
+            f"test_set_x holds images of {datasets.test_x.shape[1]} pixels, "
+            f"but train_set_x of {datasets.size}"
+        )
     if len(np.unique(datasets.train_y)) < 2:
-        raise InputError(f"train_set_y holds the class {datasets.train_y[0]} alone; it needs both 0 and 1")
+        raise InputError(
+            f"train_set_y holds the class {datasets.train_y[0]} alone; it needs both 0 and 1"
+        )
     check_classes("list_classes", datasets.classes)
     return datasets
 
 # %% ../../nbs/maths/03_data.ipynb #fe054075
 def why_not_read(
     path: str | Path,
-) -> str: # empty if it can be
+) -> str:  # empty if it can be
     "What the system says against reading a file."
-    if Path(path).is_dir(): return "no such file; it is a folder"
-    try: open(path, "rb").close()
-    except FileNotFoundError: return "no such file"
-    except PermissionError: return "you may not read it"
-    except (OSError, ValueError) as error: return getattr(error, "strerror", None) or str(error)
+    if Path(path).is_dir():
+        return "no such file; it is a folder"
+    try:
+        open(path, "rb").close()
+    except FileNotFoundError:
+        return "no such file"
+    except PermissionError:
+        return "you may not read it"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
     return "" if Path(path).is_file() else "no such file; it is a device or a pipe"
+
 
 @contextmanager
 def opened(
-    path: str | Path,       # of an HDF5 file
-    name: str | None=None,  # begins each error message; the path if not given
-    kind: str="an HDF5 file",
-) -> Iterator: # h5py's file
+    path: str | Path,  # of an HDF5 file
+    name: str | None = None,  # begins each error message; the path if not given
+    kind: str = "an HDF5 file",
+) -> Iterator:  # h5py's file
     "An HDF5 file to read; whatever is wrong with it becomes an `InputError`."
     import h5py
+
     name = name or str(path)
-    if why := why_not_read(path): raise InputError(f"{name}: {why}")
+    if why := why_not_read(path):
+        raise InputError(f"{name}: {why}")
     try:
-        with h5py.File(path, "r") as file: yield file
-    except InputError as error: raise InputError(f"{name}: {error}") from None
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except BlockingIOError:
-        raise InputError(f"{name}: another program has it open to write; try again when it has ended") from None
-    except PermissionError: raise InputError(f"{name}: you may not read it") from None
-    except MemoryError: raise InputError(f"{name}: more than fits into this computer's memory") from None
+        raise InputError(
+            f"{name}: another program has it open to write; try again when it has ended"
+        ) from None
+    except PermissionError:
+        raise InputError(f"{name}: you may not read it") from None
+    except MemoryError:
+        raise InputError(f"{name}: more than fits into this computer's memory") from None
     except Exception:  # the library stumbles over damaged files in many ways
         raise InputError(f"{name}: not {kind}, or a damaged one") from None
 
@@ -125,73 +163,111 @@ def _nearby(found, name: str) -> Path | None:
     places = (Path(found.file.filename).absolute().parent / name, Path(name))
     return next((place for place in places if place.is_file()), None)
 
+
 def _check_filters(name: str, found) -> None:
     "Raise an `InputError` if an array is packed by a filter that is not here."
     import h5py
+
     made = found.id.get_create_plist()
     for code, _, _, label in map(made.get_filter, range(made.get_nfilters())):
         if not h5py.h5z.filter_avail(code):
             called = f" ({label.decode(errors='replace')})" if label else ""
-            raise InputError(f"{name} is packed by the filter number {code}{called}, which is missing here; "
-                             "h5repack -f GZIP=4 packs it anew where the filter is")
+            raise InputError(
+                f"{name} is packed by the filter number {code}{called}, which is missing here; "
+                "h5repack -f GZIP=4 packs it anew where the filter is"
+            )
 
 # %% ../../nbs/maths/03_data.ipynb #9d6a44e7
 def _check_virtual(name: str, found) -> None:
     "Raise an `InputError` unless all sources of a virtual array are there and fill it."
     import h5py
+
     sources, points = found.virtual_sources(), 0
     for source in sources:
         points += source.vspace.get_select_npoints()
-        if "%" in source.file_name: return  # a pattern: HDF5 ends the array where the files end
-        path = Path(found.file.filename) if source.file_name == "." else _nearby(found, source.file_name)
-        if path is None: raise InputError(f"{name} is put together from {source.file_name}, which is not there")
+        if "%" in source.file_name:
+            return  # a pattern: HDF5 ends the array where the files end
+        path = (
+            Path(found.file.filename)
+            if source.file_name == "."
+            else _nearby(found, source.file_name)
+        )
+        if path is None:
+            raise InputError(
+                f"{name} is put together from {source.file_name}, which is not there"
+            )
         with h5py.File(path, "r") as file:
             part = file.get(source.dset_name)
             if not isinstance(part, h5py.Dataset):
-                raise InputError(f"{name} is put together from {source.dset_name} in {source.file_name}, "
-                                 "which has no such array")
+                raise InputError(
+                    f"{name} is put together from {source.dset_name} in {source.file_name}, "
+                    "which has no such array"
+                )
             if any(has < asked for has, asked in zip(part.shape, source.src_space.shape)):
-                raise InputError(f"{name} is put together from {source.dset_name} in {source.file_name}, which "
-                                 f"has the shape {part.shape} instead of {source.src_space.shape}")
+                raise InputError(
+                    f"{name} is put together from {source.dset_name} in {source.file_name}, which "
+                    f"has the shape {part.shape} instead of {source.src_space.shape}"
+                )
             _check_found(name, part)
     if 0 <= points < found.size:
-        raise InputError(f"{name} is put together from other arrays, which leave a part of it empty")
+        raise InputError(
+            f"{name} is put together from other arrays, which leave a part of it empty"
+        )
+
 
 def _check_raw(name: str, found) -> None:
     "Raise an `InputError` unless the files with an array's raw numbers are there, and long enough."
     lacking = found.size * found.dtype.itemsize
     for raw, offset, size in found.external:
         path = _nearby(found, raw)
-        if path is None: raise InputError(f"{name} lies in the file {raw}, which is not there")
+        if path is None:
+            raise InputError(f"{name} lies in the file {raw}, which is not there")
         lacking -= min(size, path.stat().st_size - offset)
-    if lacking > 0: raise InputError(f"{name} lies in the file {raw}, which is too short")
+    if lacking > 0:
+        raise InputError(f"{name} lies in the file {raw}, which is too short")
+
 
 def _check_found(name: str, found) -> None:
     "Raise an `InputError` for an array that HDF5 could not read, or would fill with zeros."
     _check_filters(name, found)
-    if found.is_virtual: _check_virtual(name, found)
-    elif found.external: _check_raw(name, found)
+    if found.is_virtual:
+        _check_virtual(name, found)
+    elif found.external:
+        _check_raw(name, found)
 
 # %% ../../nbs/maths/03_data.ipynb #ce49143a
 def leads_elsewhere(
-    file,   # an open HDF5 file
+    file,  # an open HDF5 file
     found,  # an array of it
 ) -> bool:
     "Does an array take its numbers from another file?"
-    if found.file.filename != file.filename or found.external: return True
-    return found.is_virtual and any(source.file_name != "." for source in found.virtual_sources())
+    if found.file.filename != file.filename or found.external:
+        return True
+    return found.is_virtual and any(
+        source.file_name != "." for source in found.virtual_sources()
+    )
+
 
 def _find(file, name: str):
     "An array of a file; raises `InputError` if it, or a file that it leads to, is not there."
     import h5py
-    try: found = file[name]
+
+    try:
+        found = file[name]
     except (KeyError, OSError) as error:
-        link = file.get(name, getlink=True) if file.get(name, getclass=True, getlink=True) else None
+        link = (
+            file.get(name, getlink=True)
+            if file.get(name, getclass=True, getlink=True)
+            else None
+        )
         where = re.search(r"external link file name = '(.*?)'", str(error))
         if where or isinstance(link, h5py.ExternalLink):
-            raise InputError(f"{name} lies in another file, {where[1] if where else link.filename}, "
-                             "which is not there or does not hold it") from None
-        if link is not None and not isinstance(link, h5py.SoftLink): raise  # it is damaged
+            raise InputError(
+                f"{name} lies in another file, {where[1] if where else link.filename}, "
+                "which is not there or does not hold it"
+            ) from None
+        if link is not None and not isinstance(link, h5py.SoftLink):
+            raise  # it is damaged
         found = None
     if not isinstance(found, h5py.Dataset) or found.shape is None:
         raise InputError(f"has no {name}; a data set needs {', '.join(NAMES)}")
@@ -201,23 +277,31 @@ def _find(file, name: str):
 def _raw(found) -> np.ndarray:
     "The numbers of an array whose raw files lie beside it, or in this folder."
     import h5py
+
     beside = Path(found.file.filename).absolute().parent
     inside = all((beside / raw).is_file() for raw, *_ in found.external)
-    access, file, name = h5py.h5p.create(h5py.h5p.DATASET_ACCESS), found.file, found.name.encode()
+    access, file, name = (
+        h5py.h5p.create(h5py.h5p.DATASET_ACCESS),
+        found.file,
+        found.name.encode(),
+    )
     access.set_efile_prefix(os.fsencode(beside if inside else Path.cwd()))
     found.id.close()
     return h5py.Dataset(h5py.h5d.open(file.id, name, access))[()]
 
+
 def _array(
-    file,        # an open HDF5 file
-    name: str,   # of the array
-    alone: bool, # refuse an array that leads to another file
+    file,  # an open HDF5 file
+    name: str,  # of the array
+    alone: bool,  # refuse an array that leads to another file
 ) -> np.ndarray:
     "An array of a data set; raises `InputError`."
     found = _find(file, name)
     if alone and leads_elsewhere(file, found):
-        raise InputError(f"{name} leads to another file, which has not come along; "
-                         "snn upload and snn data join make a file that holds all")
+        raise InputError(
+            f"{name} leads to another file, which has not come along; "
+            "snn upload and snn data join make a file that holds all"
+        )
     _check_found(name, found)
     return _raw(found) if found.external else found[()]
 
@@ -228,12 +312,18 @@ def text_of(
     "A class name as text; HDF5 holds bytes."
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
+
 def _names(file, classes: np.ndarray) -> tuple[str, ...]:
     "Class names as text."
     import h5py
+
     spelt = lambda row: "".join(map(chr, np.ravel(row))).rstrip("\0 ")
-    if classes.dtype.kind == "u" and classes.ndim == 2: return tuple(map(spelt, classes.T))
-    return tuple(spelt(file[c][()]) if isinstance(c, h5py.Reference) else text_of(c) for c in np.ravel(classes))
+    if classes.dtype.kind == "u" and classes.ndim == 2:
+        return tuple(map(spelt, classes.T))
+    return tuple(
+        spelt(file[c][()]) if isinstance(c, h5py.Reference) else text_of(c)
+        for c in np.ravel(classes)
+    )
 
 # %% ../../nbs/maths/03_data.ipynb #ee15b767
 def _part(file, part: str, alone: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -242,39 +332,47 @@ def _part(file, part: str, alone: bool) -> tuple[np.ndarray, np.ndarray]:
     _check_part(part, images, labels)
     return images, labels.astype(np.int64)
 
+
 def read_test(
     path: str | Path,  # of a datasets.h5, or of a file with a test part alone
-) -> tuple[np.ndarray, np.ndarray]: # images and labels
+) -> tuple[np.ndarray, np.ndarray]:  # images and labels
     "The checked test part of a file; raises `InputError`."
-    with opened(path) as file: return _part(file, "test", False)
+    with opened(path) as file:
+        return _part(file, "test", False)
+
 
 def read(
-    path: str | Path,             # of a datasets.h5
-    name: str | None=None,        # begins each error message; the path if not given
-    test: str | Path | None=None, # the file with the test part, if it is another one
-    alone: bool=False,            # the file has come without those that it may lead to
+    path: str | Path,  # of a datasets.h5
+    name: str | None = None,  # begins each error message; the path if not given
+    test: str | Path | None = None,  # the file with the test part, if it is another one
+    alone: bool = False,  # the file has come without those that it may lead to
 ) -> Datasets:
     "The checked data sets of a file, or of two; raises `InputError`."
     with opened(path, name) as file:
-        for needed in (n for n in NAMES if not test or not n.startswith("test")): _find(file, needed)
+        for needed in (n for n in NAMES if not test or not n.startswith("test")):
+            _find(file, needed)
         train = _part(file, "train", alone)
         classes = _names(file, _array(file, "list_classes", alone))
-        if not test: return check(Datasets(*train, *_part(file, "test", alone), classes))
+        if not test:
+            return check(Datasets(*train, *_part(file, "test", alone), classes))
     tested = read_test(test)
-    try: return check(Datasets(*train, *tested, classes))
-    except InputError as error: raise InputError(f"{name or path} and {test}: {error}") from None
+    try:
+        return check(Datasets(*train, *tested, classes))
+    except InputError as error:
+        raise InputError(f"{name or path} and {test}: {error}") from None
 
 # %% ../../nbs/maths/03_data.ipynb #727004ed
 @contextmanager
 def written_whole(
     path: str | Path,
-) -> Iterator[Path]: # where to write
+) -> Iterator[Path]:  # where to write
     "A file that appears under its name when it is complete, or not at all."
     partial = Path(f"{path}.partial")
     try:
         yield partial
         partial.replace(path)
-    finally: partial.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
 
 # %% ../../nbs/maths/03_data.ipynb #168f54bd
 def write(
@@ -283,20 +381,25 @@ def write(
 ) -> None:
     "Write a `datasets.h5`."
     import h5py
+
     with written_whole(path) as partial, h5py.File(partial, "w") as file:
         for name, values in zip(NAMES, datasets[:4]):
-            file.create_dataset(name, data=values, compression="gzip" if values.ndim > 1 else None)
+            file.create_dataset(
+                name, data=values, compression="gzip" if values.ndim > 1 else None
+            )
         file["list_classes"] = np.array([c.encode() for c in datasets.classes])
 
+
 def content(
-    path: str | Path,             # of a datasets.h5
-    test: str | Path | None=None, # the file with the test part, if it is another one
+    path: str | Path,  # of a datasets.h5
+    test: str | Path | None = None,  # the file with the test part, if it is another one
 ) -> bytes:
     "A checked data set as it can be sent anywhere: the file's own bytes, or a copy that leads to no other file; raises `InputError`."
     found = read(path, test=test)
     with opened(path) as file:
         whole = not test and not any(leads_elsewhere(file, file[n]) for n in NAMES)
-    if whole: return Path(path).read_bytes()
+    if whole:
+        return Path(path).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         write(found, f"{folder}/datasets.h5")
         return Path(folder, "datasets.h5").read_bytes()
@@ -304,32 +407,42 @@ def content(
 # %% ../../nbs/maths/03_data.ipynb #492e125f
 def _tried(found: list[str], look, *args):
     "What `look` gives, or nothing and one more line of `found`."
-    try: return look(*args)
-    except InputError as error: found.append(str(error))
+    try:
+        return look(*args)
+    except InputError as error:
+        found.append(str(error))
+
 
 def faults(
-    path: str | Path,             # of a datasets.h5
-    test: str | Path | None=None, # the file with the test part, if it is another one
-) -> list[str]: # a sentence each
+    path: str | Path,  # of a datasets.h5
+    test: str | Path | None = None,  # the file with the test part, if it is another one
+) -> list[str]:  # a sentence each
     "All that is wrong with a data set; raises `InputError` if it is no HDF5 file."
     found, arrays = [], {}
     for part, where in (("train", path), ("test", test or path)):
         with opened(where) as file:
-            for name in (f"{part}_set_x", f"{part}_set_y"): arrays[name] = _tried(found, _array, file, name, False)
+            for name in (f"{part}_set_x", f"{part}_set_y"):
+                arrays[name] = _tried(found, _array, file, name, False)
     with opened(path) as file:
         classes = _tried(found, _array, file, "list_classes", False)
-        if classes is not None: _tried(found, check_classes, "list_classes", _names(file, classes))
+        if classes is not None:
+            _tried(found, check_classes, "list_classes", _names(file, classes))
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_set_x"], arrays[f"{part}_set_y"]
-        if images is not None: _tried(found, _check_images, f"{part}_set_x", images)
+        if images is not None:
+            _tried(found, _check_images, f"{part}_set_x", images)
         if images is not None and labels is not None and images.ndim:
             _tried(found, _check_labels, f"{part}_set_y", labels, len(images))
-    if not found: _tried(found, check, Datasets(*arrays.values(), _names_of(path)))
+    if not found:
+        _tried(found, check, Datasets(*arrays.values(), _names_of(path)))
     return found
+
 
 def _names_of(path: str | Path) -> tuple[str, ...]:
     "The class names of a checked file."
-    with opened(path) as file: return _names(file, _array(file, "list_classes", False))
+    with opened(path) as file:
+        return _names(file, _array(file, "list_classes", False))
+
 
 def doubles(
     datasets: Datasets,
@@ -345,40 +458,41 @@ def cache_folder() -> Path:
 
 # %% ../../nbs/maths/03_data.ipynb #de724ce2
 def standardise(
-    images: np.ndarray,   # (m, size, size, 3) uint8
-    dtype: str="float64",
-) -> np.ndarray: # (m, size * size * 3), 0 to 1
+    images: np.ndarray,  # (m, size, size, 3) uint8
+    dtype: str = "float64",
+) -> np.ndarray:  # (m, size * size * 3), 0 to 1
     "Unroll each image into a row, and bring the colours from 0...255 to 0...1."
     return np.divide(images.reshape(len(images), -1), 255, dtype=dtype)
 
 # %% ../../nbs/maths/03_data.ipynb #6d15685b
 WEIGHTS, SHUFFLE, SPLIT = 1, 2, 3  # what a generator is for
 
+
 def generator(
-    seed: int,     # of the run
+    seed: int,  # of the run
     purpose: int,  # WEIGHTS, SHUFFLE or SPLIT
-    number: int=0, # of the layer or the epoch
+    number: int = 0,  # of the layer or the epoch
 ) -> np.random.Generator:
     "A random generator that anybody can make again."
     return np.random.default_rng([seed, purpose, number])
 
 # %% ../../nbs/maths/03_data.ipynb #9c5e5109
 def mini_batches(
-    m: int,           # images
+    m: int,  # images
     batch_size: int,  # images in a mini-batch; the last takes what is left
-    seed: int,        # of the run
+    seed: int,  # of the run
     epoch: int,
-) -> list[np.ndarray]: # indices of the images, one array per mini-batch
+) -> list[np.ndarray]:  # indices of the images, one array per mini-batch
     "How epoch `epoch` shuffles and cuts the training images."
     order = generator(seed, SHUFFLE, epoch).permutation(m)
-    return [order[i:i + batch_size] for i in range(0, m, batch_size)]
+    return [order[i : i + batch_size] for i in range(0, m, batch_size)]
 
 # %% ../../nbs/maths/03_data.ipynb #a758de09
 def split(
-    m: int,           # images in the training part
+    m: int,  # images in the training part
     fraction: float,  # held back
-    seed: int,        # of the run
-) -> tuple[np.ndarray, np.ndarray]: # indices to train on, indices held back; both sorted
+    seed: int,  # of the run
+) -> tuple[np.ndarray, np.ndarray]:  # indices to train on, indices held back; both sorted
     "Which images are trained on and which are held back for validation."
-    held = generator(seed, SPLIT).permutation(m)[:int(m * fraction)]
+    held = generator(seed, SPLIT).permutation(m)[: int(m * fraction)]
     return np.setdiff1d(np.arange(m), held), np.sort(held)

@@ -24,12 +24,14 @@ from .parameters import InputError
 # %% ../../nbs/maths/05_drawing.ipynb #a998e8a4
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 
+
 def shade(
     colour: Colour,
     factor: float,  # below 1 is darker, above 1 lighter
 ) -> Colour:
     "The colour in less or more light."
     return tuple(int(min(255, max(0, value * factor))) for value in colour)
+
 
 def pick(
     rng: np.random.Generator,
@@ -38,18 +40,48 @@ def pick(
     "One of the items, each as likely as the others."
     return items[rng.integers(len(items))]
 
+
 def vary(
     rng: np.random.Generator,
     colour: Colour,
 ) -> Colour:
     "A colour near this one: a little lighter or darker, a little warmer or colder."
-    return tuple(int(value) for value in np.clip(rng.normal(0, 7) + rng.normal(0, 4.5, 3) + colour, 0, 255))
+    return tuple(
+        int(value)
+        for value in np.clip(rng.normal(0, 7) + rng.normal(0, 4.5, 3) + colour, 0, 255)
+    )
 
 # %% ../../nbs/maths/05_drawing.ipynb #61db4ae9
-FURS = [(68, 61, 62), (122, 120, 124), (218, 206, 188), (212, 128, 62), (128, 90, 62), (196, 162, 118), (108, 114, 126)]
+FURS = [
+    (68, 61, 62),
+    (122, 120, 124),
+    (218, 206, 188),
+    (212, 128, 62),
+    (128, 90, 62),
+    (196, 162, 118),
+    (108, 114, 126),
+]
 IRISES = [(150, 200, 70), (235, 190, 50), (110, 185, 225), (220, 140, 40), (90, 190, 140)]
-PAINTS = [(196, 60, 52), (60, 100, 180), (235, 190, 60), (70, 140, 80), (236, 232, 222), (150, 90, 160), (230, 130, 60), (90, 90, 100)]
-WALLS = [(206, 190, 160), (150, 175, 190), (190, 150, 140), (140, 160, 130), (110, 110, 125), (222, 216, 206), (96, 80, 72), (170, 160, 185)]
+PAINTS = [
+    (196, 60, 52),
+    (60, 100, 180),
+    (235, 190, 60),
+    (70, 140, 80),
+    (236, 232, 222),
+    (150, 90, 160),
+    (230, 130, 60),
+    (90, 90, 100),
+]
+WALLS = [
+    (206, 190, 160),
+    (150, 175, 190),
+    (190, 150, 140),
+    (140, 160, 130),
+    (110, 110, 125),
+    (222, 216, 206),
+    (96, 80, 72),
+    (170, 160, 185),
+]
 SKIES = [(150, 195, 230), (190, 210, 225), (235, 190, 150), (110, 150, 200)]
 GREENS = [(96, 150, 70), (130, 160, 80), (70, 120, 62), (160, 150, 80)]
 BLACK, WHITE, PINK, WOOD = (18, 17, 19), (250, 250, 246), (216, 150, 142), (104, 74, 52)
@@ -58,19 +90,24 @@ BLACK, WHITE, PINK, WOOD = (18, 17, 19), (250, 250, 246), (216, 150, 142), (104,
 ANGLES = np.linspace(0, 2 * np.pi, 33)[:-1]
 CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)  # (32, 2)
 
+
 class Pen:
     "Draws shapes on a square image, in coordinates from -1 to 1."
-    def __init__(self,
-        image: Image.Image, # square, RGB
+
+    def __init__(
+        self,
+        image: Image.Image,  # square, RGB
     ):
         self.image, self.draw = image, ImageDraw.Draw(image)
         self.matrix, self.origin = np.eye(2) * image.width / 2, np.full(2, image.width / 2)
 
-    def at(self,
-        x: float=0, y: float=0, # where its (0, 0) lies
-        scale: float=1,
-        tilt: float=0,          # radians, clockwise
-        mirror: int=1,          # -1 swaps left and right
+    def at(
+        self,
+        x: float = 0,
+        y: float = 0,  # where its (0, 0) lies
+        scale: float = 1,
+        tilt: float = 0,  # radians, clockwise
+        mirror: int = 1,  # -1 swaps left and right
     ) -> "Pen":
         "A pen for a part of the picture, with coordinates of its own."
         cos, sin, part = scale * np.cos(tilt), scale * np.sin(tilt), Pen(self.image)
@@ -78,8 +115,9 @@ class Pen:
         part.matrix = self.matrix @ [[mirror * cos, -sin], [mirror * sin, cos]]
         return part
 
-    def pixels(self,
-        points: Sequence, # (n, 2)
+    def pixels(
+        self,
+        points: Sequence,  # (n, 2)
     ) -> list[tuple[float, float]]:
         "Where these points lie on the image."
         return [tuple(point) for point in np.asarray(points) @ self.matrix.T + self.origin]
@@ -88,16 +126,22 @@ class Pen:
         "An area with these corners."
         self.draw.polygon(self.pixels(points), fill=colour)
 
-    def rectangle(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
+    def rectangle(
+        self, left: float, top: float, right: float, bottom: float, colour: Colour
+    ) -> None:
         "An area with four right angles."
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
 
     def line(self, points: Sequence, colour: Colour, width: float) -> None:
         "Straight lines from point to point."
         pixels = width * np.sqrt(abs(np.linalg.det(self.matrix)))
-        self.draw.line(self.pixels(points), fill=colour, width=max(1, round(pixels)), joint="curve")
+        self.draw.line(
+            self.pixels(points), fill=colour, width=max(1, round(pixels)), joint="curve"
+        )
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour, turn: float=0) -> None:
+    def ellipse(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, turn: float = 0
+    ) -> None:
         "An ellipse around (x, y), turned clockwise by `turn` radians."
         cos, sin = np.cos(turn), np.sin(turn)
         self.polygon(CIRCLE * (rx, ry) @ [[cos, sin], [-sin, cos]] + (x, y), colour)
@@ -105,56 +149,93 @@ class Pen:
     def ball(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
         "An ellipse that looks round: lighter ones in it, towards the upper left."
         for t in np.linspace(0, 1, 5):
-            self.ellipse(x - .15 * t * rx, y - .22 * t * ry, rx * (1 - .6 * t), ry * (1 - .6 * t), shade(colour, .8 + .34 * t))
+            self.ellipse(
+                x - 0.15 * t * rx,
+                y - 0.22 * t * ry,
+                rx * (1 - 0.6 * t),
+                ry * (1 - 0.6 * t),
+                shade(colour, 0.8 + 0.34 * t),
+            )
 
-    def limb(self, start: tuple, bend: tuple, end: tuple, colour: Colour, widths: tuple[float, float], steps: int=14) -> None:
+    def limb(
+        self,
+        start: tuple,
+        bend: tuple,
+        end: tuple,
+        colour: Colour,
+        widths: tuple[float, float],
+        steps: int = 14,
+    ) -> None:
         "A tail, leg or trunk: circles along a quadratic Bézier curve, from one radius to another."
         for t in np.linspace(0, 1, steps):
-            x, y = (1 - t) ** 2 * np.array(start) + 2 * t * (1 - t) * np.array(bend) + t * t * np.array(end)
+            x, y = (
+                (1 - t) ** 2 * np.array(start)
+                + 2 * t * (1 - t) * np.array(bend)
+                + t * t * np.array(end)
+            )
             radius = widths[0] + t * (widths[1] - widths[0])
             self.ellipse(x, y, radius, radius, colour)
 
 # %% ../../nbs/maths/05_drawing.ipynb #764ecee8
 def wash(
     pen: Pen,
-    colours: np.ndarray, # (rows, columns, 3)
+    colours: np.ndarray,  # (rows, columns, 3)
 ) -> None:
     "Cover the whole image with these colours, each flowing into the next."
     small = Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))
     pen.image.paste(small.resize(pen.image.size, Image.Resampling.BICUBIC))
 
+
 def studio(pen: Pen, rng: np.random.Generator) -> None:
     "Two colours, flowing into each other."
     wash(pen, np.array([[vary(rng, pick(rng, WALLS))], [vary(rng, pick(rng, WALLS))]]))
+
 
 def garden(pen: Pen, rng: np.random.Generator) -> None:
     "Blotches, as a camera sees what is far behind."
     colour = vary(rng, pick(rng, WALLS + GREENS))
     wash(pen, colour + rng.normal(0, 26, (6, 6, 1)) + rng.normal(0, 8, (6, 6, 3)))
 
+
 def room(pen: Pen, rng: np.random.Generator) -> None:
     "A wall with a window or a painting, and a floor."
-    wall, floor, height, x = vary(rng, pick(rng, WALLS)), vary(rng, pick(rng, FURS)), rng.uniform(.25, .6), rng.uniform(-.9, .5)
-    wash(pen, np.array([[wall], [shade(wall, .85)]]))
-    pen.rectangle(x, -.9, x + .5, -.35, vary(rng, WHITE))
-    pen.rectangle(x + .05, -.85, x + .45, -.4, vary(rng, pick(rng, SKIES)))
+    wall, floor, height, x = (
+        vary(rng, pick(rng, WALLS)),
+        vary(rng, pick(rng, FURS)),
+        rng.uniform(0.25, 0.6),
+        rng.uniform(-0.9, 0.5),
+    )
+    wash(pen, np.array([[wall], [shade(wall, 0.85)]]))
+    pen.rectangle(x, -0.9, x + 0.5, -0.35, vary(rng, WHITE))
+    pen.rectangle(x + 0.05, -0.85, x + 0.45, -0.4, vary(rng, pick(rng, SKIES)))
     pen.rectangle(-1, height, 1, 1, floor)
-    pen.rectangle(-1, height, 1, height + .05, shade(wall, 1.15))
+    pen.rectangle(-1, height, 1, height + 0.05, shade(wall, 1.15))
+
 
 def meadow(pen: Pen, rng: np.random.Generator) -> None:
     "Sky, and grass with forty blades."
-    sky, grass, horizon = vary(rng, pick(rng, SKIES)), vary(rng, pick(rng, GREENS)), rng.uniform(-.1, .5)
+    sky, grass, horizon = (
+        vary(rng, pick(rng, SKIES)),
+        vary(rng, pick(rng, GREENS)),
+        rng.uniform(-0.1, 0.5),
+    )
     wash(pen, np.array([[sky], [shade(sky, 1.1)]]))
     pen.rectangle(-1, horizon, 1, 1, grass)
-    for x, y, light in rng.uniform((-1, horizon, .75), (1, 1, 1.25), (40, 3)):
-        pen.line([(x, y), (x + .03, y - .1)], shade(grass, light), .02)
+    for x, y, light in rng.uniform((-1, horizon, 0.75), (1, 1, 1.25), (40, 3)):
+        pen.line([(x, y), (x + 0.03, y - 0.1)], shade(grass, light), 0.02)
+
 
 def wallpaper(pen: Pen, rng: np.random.Generator) -> None:
     "Stripes: upright, flat or slanting."
-    wall, width = vary(rng, pick(rng, WALLS)), rng.uniform(.1, .25)
-    turned, stripe = pen.at(tilt=pick(rng, [0, .8, -.8, np.pi / 2])), shade(wall, rng.uniform(.8, 1.2))
+    wall, width = vary(rng, pick(rng, WALLS)), rng.uniform(0.1, 0.25)
+    turned, stripe = (
+        pen.at(tilt=pick(rng, [0, 0.8, -0.8, np.pi / 2])),
+        shade(wall, rng.uniform(0.8, 1.2)),
+    )
     wash(pen, np.array([[wall]]))
-    for x in np.arange(-1.5, 1.5, 2 * width): turned.rectangle(x, -1.5, x + width, 1.5, stripe)
+    for x in np.arange(-1.5, 1.5, 2 * width):
+        turned.rectangle(x, -1.5, x + width, 1.5, stripe)
+
 
 BACKGROUNDS = [studio, garden, room, meadow, wallpaper]
 
@@ -162,417 +243,606 @@ BACKGROUNDS = [studio, garden, room, meadow, wallpaper]
 @dataclass(frozen=True)
 class Coat:
     "What a cat looks like, in whatever pose."
+
     fur: Colour
-    mark: Colour   # stripes, patches or mask
+    mark: Colour  # stripes, patches or mask
     light: Colour  # muzzle and chest
     iris: Colour
-    pattern: str   # one of PATTERNS
-    lids: str      # one of LIDS
+    pattern: str  # one of PATTERNS
+    lids: str  # one of LIDS
 
     @property
     def points(self) -> Colour:
         "Ears, paws and tail: a siamese has them dark."
         return self.mark if self.pattern == "siamese" else self.fur
 
+
 PATTERNS = ["plain", "tabby", "tabby", "patches", "siamese", "tuxedo"]
 LIDS = ["open", "open", "open", "open", "half", "closed"]
+
 
 def draw_coat(
     rng: np.random.Generator,
 ) -> Coat:
     "A coat for a new cat."
-    pattern, fur, iris, lids = pick(rng, PATTERNS), vary(rng, pick(rng, FURS)), pick(rng, IRISES), pick(rng, LIDS)
-    if pattern == "siamese": return Coat(vary(rng, (214, 194, 164)), (120, 94, 80), (158, 130, 112), iris, pattern, lids)
-    if pattern == "patches": return Coat(fur, vary(rng, pick(rng, FURS)), (236, 228, 216), iris, pattern, lids)
-    if pattern == "tuxedo": return Coat(fur, shade(fur, .6), (236, 228, 216), iris, pattern, lids)
-    return Coat(fur, shade(fur, .6), shade(fur, 1.25), iris, pattern, lids)
+    pattern, fur, iris, lids = (
+        pick(rng, PATTERNS),
+        vary(rng, pick(rng, FURS)),
+        pick(rng, IRISES),
+        pick(rng, LIDS),
+    )
+    if pattern == "siamese":
+        return Coat(
+            vary(rng, (214, 194, 164)), (120, 94, 80), (158, 130, 112), iris, pattern, lids
+        )
+    if pattern == "patches":
+        return Coat(fur, vary(rng, pick(rng, FURS)), (236, 228, 216), iris, pattern, lids)
+    if pattern == "tuxedo":
+        return Coat(fur, shade(fur, 0.6), (236, 228, 216), iris, pattern, lids)
+    return Coat(fur, shade(fur, 0.6), shade(fur, 1.25), iris, pattern, lids)
 
 # %% ../../nbs/maths/05_drawing.ipynb #85eb5956
 def cat_ears(pen: Pen, coat: Coat) -> None:
     "Two triangles each."
     for side in (-1, 1):
-        pen.polygon([(side * .66, -.1), (side * .62, -.92), (side * .1, -.44)], shade(coat.points, .9))
-        pen.polygon([(side * .56, -.28), (side * .55, -.74), (side * .25, -.45)], PINK)
+        pen.polygon(
+            [(side * 0.66, -0.1), (side * 0.62, -0.92), (side * 0.1, -0.44)],
+            shade(coat.points, 0.9),
+        )
+        pen.polygon([(side * 0.56, -0.28), (side * 0.55, -0.74), (side * 0.25, -0.45)], PINK)
+
 
 def cat_markings(pen: Pen, coat: Coat) -> None:
     "Stripes on forehead and cheeks, a patch over one eye, a dark mask, or a white blaze."
-    if coat.pattern == "patches": pen.ellipse(.28, -.14, .28, .3, coat.mark)
-    if coat.pattern == "siamese": pen.ellipse(0, .1, .34, .3, coat.mark)
-    if coat.pattern == "tuxedo": pen.polygon([(0, -.4), (.2, .3), (-.2, .3)], coat.light)
-    if coat.pattern != "tabby": return
-    for x in (-.18, 0, .18): pen.polygon([(x - .05, -.5), (x + .05, -.5), (x * .7, -.22)], coat.mark)
+    if coat.pattern == "patches":
+        pen.ellipse(0.28, -0.14, 0.28, 0.3, coat.mark)
+    if coat.pattern == "siamese":
+        pen.ellipse(0, 0.1, 0.34, 0.3, coat.mark)
+    if coat.pattern == "tuxedo":
+        pen.polygon([(0, -0.4), (0.2, 0.3), (-0.2, 0.3)], coat.light)
+    if coat.pattern != "tabby":
+        return
+    for x in (-0.18, 0, 0.18):
+        pen.polygon([(x - 0.05, -0.5), (x + 0.05, -0.5), (x * 0.7, -0.22)], coat.mark)
     for side in (-1, 1):
-        for y in (0, .14): pen.polygon([(side * .64, y - .04), (side * .62, y + .07), (side * .38, y + .06)], coat.mark)
+        for y in (0, 0.14):
+            pen.polygon(
+                [(side * 0.64, y - 0.04), (side * 0.62, y + 0.07), (side * 0.38, y + 0.06)],
+                coat.mark,
+            )
+
 
 def closed_eye(pen: Pen, coat: Coat, x: float) -> None:
     "A bow that hangs through: a cat that is content."
     colour = BLACK if sum(coat.fur) > 260 else (150, 140, 140)
-    pen.line([(x - .15, -.1), (x - .08, -.03), (x, -.01), (x + .08, -.03), (x + .15, -.1)], colour, .05)
+    pen.line(
+        [(x - 0.15, -0.1), (x - 0.08, -0.03), (x, -0.01), (x + 0.08, -0.03), (x + 0.15, -0.1)],
+        colour,
+        0.05,
+    )
+
 
 def cat_eye(pen: Pen, coat: Coat, x: float) -> None:
     "Rim, iris, a narrow pupil and a glint; over it perhaps a lid."
-    if coat.lids == "closed": return closed_eye(pen, coat, x)
-    pen.ellipse(x, -.08, .175, .16, shade(coat.fur, .45))
-    pen.ellipse(x, -.08, .145, .13, coat.iris)
-    pen.ellipse(x, -.08, .05, .12, BLACK)
-    pen.ellipse(x - .05, -.12, .035, .035, WHITE)
-    if coat.lids == "half": pen.polygon(CIRCLE[16:] * (.19, .17) + (x, -.08), shade(coat.fur, .8))
+    if coat.lids == "closed":
+        return closed_eye(pen, coat, x)
+    pen.ellipse(x, -0.08, 0.175, 0.16, shade(coat.fur, 0.45))
+    pen.ellipse(x, -0.08, 0.145, 0.13, coat.iris)
+    pen.ellipse(x, -0.08, 0.05, 0.12, BLACK)
+    pen.ellipse(x - 0.05, -0.12, 0.035, 0.035, WHITE)
+    if coat.lids == "half":
+        pen.polygon(CIRCLE[16:] * (0.19, 0.17) + (x, -0.08), shade(coat.fur, 0.8))
+
 
 def cat_muzzle(pen: Pen, coat: Coat) -> None:
     "Two light ellipses, a triangle for a nose, and a mouth."
-    for side in (-1, 1): pen.ellipse(side * .12, .22, .17, .13, coat.light)
-    pen.polygon([(-.09, .08), (.09, .08), (0, .18)], (206, 110, 112))
-    pen.line([(-.14, .29), (-.04, .3), (0, .24), (0, .18), (0, .24), (.04, .3), (.14, .29)], (60, 40, 40), .03)
+    for side in (-1, 1):
+        pen.ellipse(side * 0.12, 0.22, 0.17, 0.13, coat.light)
+    pen.polygon([(-0.09, 0.08), (0.09, 0.08), (0, 0.18)], (206, 110, 112))
+    pen.line(
+        [
+            (-0.14, 0.29),
+            (-0.04, 0.3),
+            (0, 0.24),
+            (0, 0.18),
+            (0, 0.24),
+            (0.04, 0.3),
+            (0.14, 0.29),
+        ],
+        (60, 40, 40),
+        0.03,
+    )
+
 
 def cat_whiskers(pen: Pen, coat: Coat) -> None:
     "Three on each side, fanning out."
     colour = WHITE if sum(coat.fur) < 520 else (90, 80, 76)
     for side in (-1, 1):
-        for rise in (-.1, 0, .1): pen.line([(side * .2, .2 + rise / 3), (side * .85, .16 + rise * 1.6)], colour, .022)
+        for rise in (-0.1, 0, 0.1):
+            pen.line(
+                [(side * 0.2, 0.2 + rise / 3), (side * 0.85, 0.16 + rise * 1.6)], colour, 0.022
+            )
 
 # %% ../../nbs/maths/05_drawing.ipynb #4ce8ceb8
 def cat_head(pen: Pen, coat: Coat) -> None:
     "All of the above, from back to front."
     cat_ears(pen, coat)
-    for side in (-1, 1): pen.polygon([(side * .45, .42), (side * .78, .26), (side * .6, -.05)], shade(coat.fur, .85))
-    pen.ball(0, 0, .66, .52, coat.fur)
+    for side in (-1, 1):
+        pen.polygon(
+            [(side * 0.45, 0.42), (side * 0.78, 0.26), (side * 0.6, -0.05)],
+            shade(coat.fur, 0.85),
+        )
+    pen.ball(0, 0, 0.66, 0.52, coat.fur)
     cat_markings(pen, coat)
-    for x in (-.28, .28): cat_eye(pen, coat, x)
+    for x in (-0.28, 0.28):
+        cat_eye(pen, coat, x)
     cat_muzzle(pen, coat)
     cat_whiskers(pen, coat)
 
 # %% ../../nbs/maths/05_drawing.ipynb #9af316d2
 def body_markings(pen: Pen, coat: Coat, xs: tuple, top: float, bottom: float) -> None:
     "A tabby's stripes at each x, or one patch in the midst."
-    if coat.pattern == "patches": pen.ellipse(xs[len(xs) // 2], (top + bottom) / 2, .16, .14, coat.mark)
-    if coat.pattern != "tabby": return
-    for x in xs: pen.polygon([(x - .04, top), (x + .04, top), (x * .95, bottom)], coat.mark)
+    if coat.pattern == "patches":
+        pen.ellipse(xs[len(xs) // 2], (top + bottom) / 2, 0.16, 0.14, coat.mark)
+    if coat.pattern != "tabby":
+        return
+    for x in xs:
+        pen.polygon([(x - 0.04, top), (x + 0.04, top), (x * 0.95, bottom)], coat.mark)
+
 
 def cat_portrait(pen: Pen, rng: np.random.Generator) -> None:
     "Head and shoulders."
     coat = draw_coat(rng)
-    pen.ball(0, 1.06, .75, .68, shade(coat.fur, .85))
-    pen.ellipse(0, .95, .3, .4, coat.light)
-    cat_head(pen.at(0, -.08, .95, rng.normal(0, .08)), coat)
+    pen.ball(0, 1.06, 0.75, 0.68, shade(coat.fur, 0.85))
+    pen.ellipse(0, 0.95, 0.3, 0.4, coat.light)
+    cat_head(pen.at(0, -0.08, 0.95, rng.normal(0, 0.08)), coat)
+
 
 def cat_sitting(pen: Pen, rng: np.random.Generator) -> None:
     "Upright, the tail to one side."
     coat = draw_coat(rng)
-    pen.limb((.3, .8), (1.1, .95), (.85, .25), shade(coat.points, .85), (.1, .06))
-    pen.ball(0, .5, .52, .46, coat.fur)
-    body_markings(pen, coat, (-.4, .4), .3, .5)
-    pen.ellipse(0, .4, .2, .34, coat.light)
+    pen.limb((0.3, 0.8), (1.1, 0.95), (0.85, 0.25), shade(coat.points, 0.85), (0.1, 0.06))
+    pen.ball(0, 0.5, 0.52, 0.46, coat.fur)
+    body_markings(pen, coat, (-0.4, 0.4), 0.3, 0.5)
+    pen.ellipse(0, 0.4, 0.2, 0.34, coat.light)
     for side in (-1, 1):
-        pen.ellipse(side * .16, .68, .12, .28, shade(coat.fur, 1.05))
-        pen.ellipse(side * .17, .9, .15, .08, shade(coat.points, .95))
-    cat_head(pen.at(0, -.12, .91, rng.normal(0, .07)), coat)
+        pen.ellipse(side * 0.16, 0.68, 0.12, 0.28, shade(coat.fur, 1.05))
+        pen.ellipse(side * 0.17, 0.9, 0.15, 0.08, shade(coat.points, 0.95))
+    cat_head(pen.at(0, -0.12, 0.91, rng.normal(0, 0.07)), coat)
+
 
 def cat_lying(pen: Pen, rng: np.random.Generator) -> None:
     "Like a loaf, the tail around it."
     coat = draw_coat(rng)
-    pen.limb((.7, .5), (1.15, .75), (.3, .78), shade(coat.points, .85), (.1, .08))
-    pen.ball(.25, .42, .7, .36, coat.fur)
-    body_markings(pen, coat, (.45, .65, .8), .1, .4)
-    for x in (-.3, 0): pen.ellipse(x, .74, .2, .09, shade(coat.points, .95))
-    cat_head(pen.at(-.02, -.08, .92, rng.normal(0, .07)), coat)
+    pen.limb((0.7, 0.5), (1.15, 0.75), (0.3, 0.78), shade(coat.points, 0.85), (0.1, 0.08))
+    pen.ball(0.25, 0.42, 0.7, 0.36, coat.fur)
+    body_markings(pen, coat, (0.45, 0.65, 0.8), 0.1, 0.4)
+    for x in (-0.3, 0):
+        pen.ellipse(x, 0.74, 0.2, 0.09, shade(coat.points, 0.95))
+    cat_head(pen.at(-0.02, -0.08, 0.92, rng.normal(0, 0.07)), coat)
+
 
 def cat_walking(pen: Pen, rng: np.random.Generator) -> None:
     "From the side, tail up, the face towards us."
     coat = draw_coat(rng)
-    pen.limb((.7, .2), (1.1, .1), (.85, -.6), shade(coat.points, .85), (.09, .06))
-    for x, light in ((-.2, .7), (.5, .7), (-.35, .95), (.68, .95)):
-        pen.limb((x, .4), (x + .02, .6), (x - .05, .9), shade(coat.points, light), (.11, .08), steps=6)
-    pen.ball(.2, .28, .62, .3, coat.fur)
-    body_markings(pen, coat, (.2, .4, .6), .02, .3)
-    cat_head(pen.at(-.03, -.1, .91, rng.normal(0, .07)), coat)
+    pen.limb((0.7, 0.2), (1.1, 0.1), (0.85, -0.6), shade(coat.points, 0.85), (0.09, 0.06))
+    for x, light in ((-0.2, 0.7), (0.5, 0.7), (-0.35, 0.95), (0.68, 0.95)):
+        pen.limb(
+            (x, 0.4),
+            (x + 0.02, 0.6),
+            (x - 0.05, 0.9),
+            shade(coat.points, light),
+            (0.11, 0.08),
+            steps=6,
+        )
+    pen.ball(0.2, 0.28, 0.62, 0.3, coat.fur)
+    body_markings(pen, coat, (0.2, 0.4, 0.6), 0.02, 0.3)
+    cat_head(pen.at(-0.03, -0.1, 0.91, rng.normal(0, 0.07)), coat)
 
-CATS = [(cat_portrait, 6), (cat_sitting, 2), (cat_lying, 1), (cat_walking, 1)]  # and how often each
+
+CATS = [
+    (cat_portrait, 6),
+    (cat_sitting, 2),
+    (cat_lying, 1),
+    (cat_walking, 1),
+]  # and how often each
 
 # %% ../../nbs/maths/05_drawing.ipynb #9ee7a218
 def round_eyes(pen: Pen, x: float, y: float, radius: float) -> None:
     "Two dark eyes, each with a glint, at x and -x."
     for side in (-1, 1):
         pen.ellipse(side * x, y, radius, radius, (40, 28, 22))
-        pen.ellipse(side * x - radius * .3, y - radius * .3, radius * .3, radius * .3, WHITE)
+        pen.ellipse(
+            side * x - radius * 0.3, y - radius * 0.3, radius * 0.3, radius * 0.3, WHITE
+        )
+
 
 def dog(pen: Pen, rng: np.random.Generator) -> None:
     "Ears that hang, a large nose, and a tongue."
     fur = vary(rng, pick(rng, FURS))
-    pen.ball(0, 1.15, .7, .6, shade(fur, .85))
-    pen.ball(0, -.08, .5, .58, fur)
-    for side in (-1, 1): pen.ellipse(side * .56, .02, .2, .5, shade(fur, .6), turn=-side * .25)
-    pen.ball(0, .3, .32, .32, shade(fur, 1.3))
-    pen.ellipse(0, .6, .12, .2, (222, 110, 120))
-    pen.ellipse(0, .16, .16, .11, BLACK)
-    pen.line([(-.22, .42), (0, .46), (.22, .42)], (50, 36, 36), .04)
-    round_eyes(pen, .22, -.16, .085)
+    pen.ball(0, 1.15, 0.7, 0.6, shade(fur, 0.85))
+    pen.ball(0, -0.08, 0.5, 0.58, fur)
+    for side in (-1, 1):
+        pen.ellipse(side * 0.56, 0.02, 0.2, 0.5, shade(fur, 0.6), turn=-side * 0.25)
+    pen.ball(0, 0.3, 0.32, 0.32, shade(fur, 1.3))
+    pen.ellipse(0, 0.6, 0.12, 0.2, (222, 110, 120))
+    pen.ellipse(0, 0.16, 0.16, 0.11, BLACK)
+    pen.line([(-0.22, 0.42), (0, 0.46), (0.22, 0.42)], (50, 36, 36), 0.04)
+    round_eyes(pen, 0.22, -0.16, 0.085)
+
 
 def rabbit(pen: Pen, rng: np.random.Generator) -> None:
     "Ears as long as the head, and two teeth."
     fur = vary(rng, pick(rng, FURS))
-    pen.ball(0, 1, .55, .5, shade(fur, .9))
+    pen.ball(0, 1, 0.55, 0.5, shade(fur, 0.9))
     for side in (-1, 1):
-        pen.ellipse(side * .24, -.62, .15, .46, fur, turn=side * .18)
-        pen.ellipse(side * .24, -.6, .075, .36, PINK, turn=side * .18)
-    pen.ball(0, .2, .46, .42, fur)
-    for side in (-1, 1): pen.ellipse(side * .13, .36, .16, .12, shade(fur, 1.25))
-    pen.ellipse(0, .27, .06, .05, (206, 110, 112))
-    pen.rectangle(-.07, .44, .07, .56, WHITE)
-    round_eyes(pen, .24, .1, .075)
+        pen.ellipse(side * 0.24, -0.62, 0.15, 0.46, fur, turn=side * 0.18)
+        pen.ellipse(side * 0.24, -0.6, 0.075, 0.36, PINK, turn=side * 0.18)
+    pen.ball(0, 0.2, 0.46, 0.42, fur)
+    for side in (-1, 1):
+        pen.ellipse(side * 0.13, 0.36, 0.16, 0.12, shade(fur, 1.25))
+    pen.ellipse(0, 0.27, 0.06, 0.05, (206, 110, 112))
+    pen.rectangle(-0.07, 0.44, 0.07, 0.56, WHITE)
+    round_eyes(pen, 0.24, 0.1, 0.075)
+
 
 def owl(pen: Pen, rng: np.random.Generator) -> None:
     "Two large discs with a beak between them, wings, and a chest of feathers."
     plumage = vary(rng, pick(rng, FURS[1:]))
-    pen.ball(0, .2, .56, .72, plumage)
-    for side in (-1, 1): pen.ellipse(side * .48, .3, .16, .5, shade(plumage, .65), turn=side * .12)
-    for y in (.3, .5, .7):
-        for x in (-.2, 0, .2): pen.polygon([(x - .09, y), (x + .09, y), (x, y + .12)], shade(plumage, 1.35))
+    pen.ball(0, 0.2, 0.56, 0.72, plumage)
     for side in (-1, 1):
-        pen.ellipse(side * .24, -.2, .26, .26, shade(plumage, 1.4))
-        pen.ellipse(side * .22, -.2, .17, .17, (240, 180, 40))
-        pen.ellipse(side * .22, -.2, .09, .09, BLACK)
-        pen.ellipse(side * .2, .92, .12, .06, (200, 140, 60))
-    pen.polygon([(-.09, -.12), (.09, -.12), (0, .12)], (200, 140, 60))
+        pen.ellipse(side * 0.48, 0.3, 0.16, 0.5, shade(plumage, 0.65), turn=side * 0.12)
+    for y in (0.3, 0.5, 0.7):
+        for x in (-0.2, 0, 0.2):
+            pen.polygon([(x - 0.09, y), (x + 0.09, y), (x, y + 0.12)], shade(plumage, 1.35))
+    for side in (-1, 1):
+        pen.ellipse(side * 0.24, -0.2, 0.26, 0.26, shade(plumage, 1.4))
+        pen.ellipse(side * 0.22, -0.2, 0.17, 0.17, (240, 180, 40))
+        pen.ellipse(side * 0.22, -0.2, 0.09, 0.09, BLACK)
+        pen.ellipse(side * 0.2, 0.92, 0.12, 0.06, (200, 140, 60))
+    pen.polygon([(-0.09, -0.12), (0.09, -0.12), (0, 0.12)], (200, 140, 60))
 
 # %% ../../nbs/maths/05_drawing.ipynb #f2f2fa33
 def bird(pen: Pen, rng: np.random.Generator) -> None:
     "From the side: a ball for the body, a ball for the head, three triangles."
     plumage = vary(rng, pick(rng, PAINTS + FURS))
-    pen.polygon([(.4, .1), (1, .5), (.85, .62), (.2, .45)], shade(plumage, .6))
-    for x in (-.08, .12): pen.line([(x, .5), (x, .85), (x - .1, .9), (x, .85), (x + .1, .88)], (200, 130, 50), .045)
-    pen.ball(0, .15, .55, .45, plumage)
-    pen.ellipse(-.15, .3, .3, .25, shade(plumage, 1.35))
-    pen.polygon([(-.05, 0), (.7, .2), (.3, .42), (0, .32)], shade(plumage, .7))
-    pen.polygon([(-.62, -.42), (-.98, -.28), (-.6, -.22)], (236, 160, 50))
-    pen.ball(-.38, -.33, .32, .3, plumage)
-    pen.ellipse(-.46, -.38, .07, .07, BLACK)
-    pen.ellipse(-.48, -.4, .025, .025, WHITE)
+    pen.polygon([(0.4, 0.1), (1, 0.5), (0.85, 0.62), (0.2, 0.45)], shade(plumage, 0.6))
+    for x in (-0.08, 0.12):
+        pen.line(
+            [(x, 0.5), (x, 0.85), (x - 0.1, 0.9), (x, 0.85), (x + 0.1, 0.88)],
+            (200, 130, 50),
+            0.045,
+        )
+    pen.ball(0, 0.15, 0.55, 0.45, plumage)
+    pen.ellipse(-0.15, 0.3, 0.3, 0.25, shade(plumage, 1.35))
+    pen.polygon([(-0.05, 0), (0.7, 0.2), (0.3, 0.42), (0, 0.32)], shade(plumage, 0.7))
+    pen.polygon([(-0.62, -0.42), (-0.98, -0.28), (-0.6, -0.22)], (236, 160, 50))
+    pen.ball(-0.38, -0.33, 0.32, 0.3, plumage)
+    pen.ellipse(-0.46, -0.38, 0.07, 0.07, BLACK)
+    pen.ellipse(-0.48, -0.4, 0.025, 0.025, WHITE)
+
 
 def fish(pen: Pen, rng: np.random.Generator) -> None:
     "An ellipse with fins and two bands."
     scales = vary(rng, pick(rng, PAINTS))
-    for fin in ([(.5, 0), (.98, -.42), (.88, 0), (.98, .42)], [(-.2, -.35), (.15, -.72), (.4, -.2)], [(0, .35), (.25, .62), (.35, .2)]):
-        pen.polygon(fin, shade(scales, .75))
-    pen.ball(-.08, 0, .72, .42, scales)
-    for x in (0, .25):
-        band = [(x - .06, -.36), (x + .08, -.36), (x + .12, 0), (x + .08, .36), (x - .06, .36), (x, 0)]
+    for fin in (
+        [(0.5, 0), (0.98, -0.42), (0.88, 0), (0.98, 0.42)],
+        [(-0.2, -0.35), (0.15, -0.72), (0.4, -0.2)],
+        [(0, 0.35), (0.25, 0.62), (0.35, 0.2)],
+    ):
+        pen.polygon(fin, shade(scales, 0.75))
+    pen.ball(-0.08, 0, 0.72, 0.42, scales)
+    for x in (0, 0.25):
+        band = [
+            (x - 0.06, -0.36),
+            (x + 0.08, -0.36),
+            (x + 0.12, 0),
+            (x + 0.08, 0.36),
+            (x - 0.06, 0.36),
+            (x, 0),
+        ]
         pen.polygon(band, shade(scales, 1.4))
-    pen.ellipse(-.48, -.1, .11, .11, WHITE)
-    pen.ellipse(-.5, -.1, .06, .06, BLACK)
-    pen.line([(-.78, .12), (-.6, .14)], shade(scales, .5), .04)
+    pen.ellipse(-0.48, -0.1, 0.11, 0.11, WHITE)
+    pen.ellipse(-0.5, -0.1, 0.06, 0.06, BLACK)
+    pen.line([(-0.78, 0.12), (-0.6, 0.14)], shade(scales, 0.5), 0.04)
+
 
 def elephant(pen: Pen, rng: np.random.Generator) -> None:
     "Four legs, a tusk, an ear like a sail, and a trunk."
     skin = vary(rng, pick(rng, [(130, 130, 138), (150, 140, 132), (110, 112, 122)]))
-    for x, light in ((.05, .7), (.6, .7), (-.15, .9), (.42, .9)): pen.rectangle(x, .2, x + .22, .85, shade(skin, light))
-    pen.ball(.25, .05, .65, .48, skin)
-    pen.line([(.88, 0), (.96, .35)], shade(skin, .7), .05)
-    pen.limb((-.62, 0), (-.85, .35), (-.72, .8), shade(skin, .95), (.17, .07))
-    pen.ball(-.45, -.12, .36, .36, skin)
-    pen.ellipse(-.2, -.12, .26, .36, shade(skin, .75), turn=.2)
-    pen.polygon([(-.62, .16), (-.5, .2), (-.72, .42)], (245, 240, 225))
-    pen.ellipse(-.58, -.16, .05, .05, BLACK)
+    for x, light in ((0.05, 0.7), (0.6, 0.7), (-0.15, 0.9), (0.42, 0.9)):
+        pen.rectangle(x, 0.2, x + 0.22, 0.85, shade(skin, light))
+    pen.ball(0.25, 0.05, 0.65, 0.48, skin)
+    pen.line([(0.88, 0), (0.96, 0.35)], shade(skin, 0.7), 0.05)
+    pen.limb((-0.62, 0), (-0.85, 0.35), (-0.72, 0.8), shade(skin, 0.95), (0.17, 0.07))
+    pen.ball(-0.45, -0.12, 0.36, 0.36, skin)
+    pen.ellipse(-0.2, -0.12, 0.26, 0.36, shade(skin, 0.75), turn=0.2)
+    pen.polygon([(-0.62, 0.16), (-0.5, 0.2), (-0.72, 0.42)], (245, 240, 225))
+    pen.ellipse(-0.58, -0.16, 0.05, 0.05, BLACK)
 
 # %% ../../nbs/maths/05_drawing.ipynb #7cfb2324
 def house(pen: Pen, rng: np.random.Generator) -> None:
     "A square, a triangle, a chimney, a door and two windows."
     wall, roof = vary(rng, pick(rng, WALLS + PAINTS)), vary(rng, pick(rng, PAINTS))
-    pen.rectangle(.3, -.75, .5, -.2, shade(roof, .6))
-    pen.rectangle(-.62, -.15, .62, .85, wall)
-    pen.polygon([(-.8, -.12), (0, -.8), (.8, -.12)], roof)
-    pen.rectangle(-.15, .3, .15, .85, shade(roof, .6))
-    for x in (-.5, .24):
-        pen.rectangle(x, 0, x + .28, .26, WHITE)
-        pen.rectangle(x + .04, .04, x + .24, .22, (120, 160, 190))
+    pen.rectangle(0.3, -0.75, 0.5, -0.2, shade(roof, 0.6))
+    pen.rectangle(-0.62, -0.15, 0.62, 0.85, wall)
+    pen.polygon([(-0.8, -0.12), (0, -0.8), (0.8, -0.12)], roof)
+    pen.rectangle(-0.15, 0.3, 0.15, 0.85, shade(roof, 0.6))
+    for x in (-0.5, 0.24):
+        pen.rectangle(x, 0, x + 0.28, 0.26, WHITE)
+        pen.rectangle(x + 0.04, 0.04, x + 0.24, 0.22, (120, 160, 190))
+
 
 def tower(pen: Pen, rng: np.random.Generator) -> None:
     "Six floors; in some windows there is light."
     wall = vary(rng, pick(rng, WALLS + PAINTS[-1:]))
-    pen.rectangle(-.5, -.85, .5, 1.2, wall)
-    pen.rectangle(.2, -.85, .5, 1.2, shade(wall, .8))
-    pen.rectangle(-.55, -.9, .55, -.8, shade(wall, .6))
-    for y in np.arange(-.68, .9, .28):
-        for x in (-.4, -.14, .12, .3):
-            pen.rectangle(x, y, x + .13, y + .16, pick(rng, [(250, 225, 140), (70, 90, 110), (130, 160, 180)]))
+    pen.rectangle(-0.5, -0.85, 0.5, 1.2, wall)
+    pen.rectangle(0.2, -0.85, 0.5, 1.2, shade(wall, 0.8))
+    pen.rectangle(-0.55, -0.9, 0.55, -0.8, shade(wall, 0.6))
+    for y in np.arange(-0.68, 0.9, 0.28):
+        for x in (-0.4, -0.14, 0.12, 0.3):
+            pen.rectangle(
+                x,
+                y,
+                x + 0.13,
+                y + 0.16,
+                pick(rng, [(250, 225, 140), (70, 90, 110), (130, 160, 180)]),
+            )
+
 
 def car(pen: Pen, rng: np.random.Generator) -> None:
     "A body, a cabin with two windows, and two wheels."
     paint, glass = vary(rng, pick(rng, PAINTS)), (170, 200, 215)
-    pen.polygon([(-.5, .02), (-.32, -.38), (.32, -.38), (.56, .02)], shade(paint, .9))
-    pen.polygon([(-.4, 0), (-.27, -.3), (-.04, -.3), (-.04, 0)], glass)
-    pen.polygon([(.04, 0), (.04, -.3), (.28, -.3), (.44, 0)], glass)
-    pen.polygon([(-.92, .42), (-.9, .08), (-.5, 0), (.6, 0), (.9, .1), (.94, .42)], paint)
-    pen.rectangle(-.92, .34, .94, .44, shade(paint, .6))
-    pen.ellipse(-.85, .16, .07, .07, (255, 240, 180))
-    for x in (-.52, .55):
-        pen.ellipse(x, .44, .22, .22, (30, 30, 34))
-        pen.ellipse(x, .44, .1, .1, (180, 180, 185))
+    pen.polygon([(-0.5, 0.02), (-0.32, -0.38), (0.32, -0.38), (0.56, 0.02)], shade(paint, 0.9))
+    pen.polygon([(-0.4, 0), (-0.27, -0.3), (-0.04, -0.3), (-0.04, 0)], glass)
+    pen.polygon([(0.04, 0), (0.04, -0.3), (0.28, -0.3), (0.44, 0)], glass)
+    pen.polygon(
+        [(-0.92, 0.42), (-0.9, 0.08), (-0.5, 0), (0.6, 0), (0.9, 0.1), (0.94, 0.42)], paint
+    )
+    pen.rectangle(-0.92, 0.34, 0.94, 0.44, shade(paint, 0.6))
+    pen.ellipse(-0.85, 0.16, 0.07, 0.07, (255, 240, 180))
+    for x in (-0.52, 0.55):
+        pen.ellipse(x, 0.44, 0.22, 0.22, (30, 30, 34))
+        pen.ellipse(x, 0.44, 0.1, 0.1, (180, 180, 185))
+
 
 def boat(pen: Pen, rng: np.random.Generator) -> None:
     "A hull, a mast and two sails on a sea with waves."
     hull, sea = vary(rng, pick(rng, PAINTS)), vary(rng, (60, 110, 150))
-    pen.rectangle(-2, .5, 2, 2, sea)
-    pen.rectangle(-.03, -.85, .03, .4, WOOD)
-    pen.polygon([(.07, -.8), (.75, .25), (.07, .25)], (245, 240, 230))
-    pen.polygon([(-.07, -.6), (-.55, .25), (-.07, .25)], shade(hull, 1.3))
-    pen.polygon([(-.8, .34), (.85, .34), (.55, .72), (-.55, .72)], hull)
-    pen.rectangle(-.8, .34, .84, .41, shade(hull, .65))
-    for y in (.72, .88): pen.line([(.24 * k, y + .03 * (k % 2)) for k in range(-5, 6)], shade(sea, 1.3), .03)
+    pen.rectangle(-2, 0.5, 2, 2, sea)
+    pen.rectangle(-0.03, -0.85, 0.03, 0.4, WOOD)
+    pen.polygon([(0.07, -0.8), (0.75, 0.25), (0.07, 0.25)], (245, 240, 230))
+    pen.polygon([(-0.07, -0.6), (-0.55, 0.25), (-0.07, 0.25)], shade(hull, 1.3))
+    pen.polygon([(-0.8, 0.34), (0.85, 0.34), (0.55, 0.72), (-0.55, 0.72)], hull)
+    pen.rectangle(-0.8, 0.34, 0.84, 0.41, shade(hull, 0.65))
+    for y in (0.72, 0.88):
+        pen.line([(0.24 * k, y + 0.03 * (k % 2)) for k in range(-5, 6)], shade(sea, 1.3), 0.03)
 
 # %% ../../nbs/maths/05_drawing.ipynb #db1f46b3
 def tree(pen: Pen, rng: np.random.Generator) -> None:
     "A trunk and six balls of leaves; sometimes it is autumn."
     leaves = vary(rng, pick(rng, GREENS + [(200, 120, 50)]))
-    pen.polygon([(-.1, 0), (.1, 0), (.17, .95), (-.17, .95)], WOOD)
-    for x, y, radius in ((-.35, 0, .35), (.35, 0, .35), (0, -.15, .42), (-.22, -.4, .34), (.22, -.42, .34), (0, -.6, .3)):
-        pen.ball(x, y, radius, radius, shade(leaves, rng.uniform(.85, 1.1)))
+    pen.polygon([(-0.1, 0), (0.1, 0), (0.17, 0.95), (-0.17, 0.95)], WOOD)
+    for x, y, radius in (
+        (-0.35, 0, 0.35),
+        (0.35, 0, 0.35),
+        (0, -0.15, 0.42),
+        (-0.22, -0.4, 0.34),
+        (0.22, -0.42, 0.34),
+        (0, -0.6, 0.3),
+    ):
+        pen.ball(x, y, radius, radius, shade(leaves, rng.uniform(0.85, 1.1)))
+
 
 def fir(pen: Pen, rng: np.random.Generator) -> None:
     "Three triangles on one another."
     needles = vary(rng, (50, 100, 66))
-    pen.rectangle(-.1, .6, .1, .95, WOOD)
-    for y, width, light in ((.3, .65, .85), (0, .52, 1), (-.3, .39, 1.15)):
-        pen.polygon([(-width, y + .38), (width, y + .38), (0, y - .5)], shade(needles, light))
+    pen.rectangle(-0.1, 0.6, 0.1, 0.95, WOOD)
+    for y, width, light in ((0.3, 0.65, 0.85), (0, 0.52, 1), (-0.3, 0.39, 1.15)):
+        pen.polygon(
+            [(-width, y + 0.38), (width, y + 0.38), (0, y - 0.5)], shade(needles, light)
+        )
+
 
 def flower(pen: Pen, rng: np.random.Generator) -> None:
     "Seven petals, a stem and two leaves."
     petal = vary(rng, pick(rng, PAINTS))
-    pen.limb((0, 0), (.1, .5), (0, 1), (70, 130, 60), (.05, .05))
-    for side in (-1, 1): pen.ellipse(side * .25, .68, .24, .09, (80, 145, 66), turn=-side * .5)
+    pen.limb((0, 0), (0.1, 0.5), (0, 1), (70, 130, 60), (0.05, 0.05))
+    for side in (-1, 1):
+        pen.ellipse(side * 0.25, 0.68, 0.24, 0.09, (80, 145, 66), turn=-side * 0.5)
     for angle in np.arange(7) * 2 * np.pi / 7:
-        pen.ellipse(.4 * np.cos(angle), -.2 + .4 * np.sin(angle), .28, .16, shade(petal, 1 - .1 * np.sin(angle)), turn=angle)
-    pen.ball(0, -.2, .2, .2, (225, 170, 50))
+        pen.ellipse(
+            0.4 * np.cos(angle),
+            -0.2 + 0.4 * np.sin(angle),
+            0.28,
+            0.16,
+            shade(petal, 1 - 0.1 * np.sin(angle)),
+            turn=angle,
+        )
+    pen.ball(0, -0.2, 0.2, 0.2, (225, 170, 50))
+
 
 def mountains(pen: Pen, rng: np.random.Generator) -> None:
     "Three peaks with snow, a shaded side each, and a sun."
     rock, sky = vary(rng, pick(rng, FURS[:3] + WALLS[4:])), vary(rng, pick(rng, SKIES))
-    pen.rectangle(-2, -2, 2, .5, sky)
-    pen.ball(rng.uniform(-.6, .6), -.65, .16, .16, (250, 225, 150))
-    for x, y, light in ((-.65, -.3, .8), (.7, -.2, .9), (0, -.55, 1)):
-        pen.polygon([(x - .95, .75), (x, y), (x + .95, .75)], shade(rock, light))
-        pen.polygon([(x, y), (x + .95, .75), (x + .15, .75)], shade(rock, light * .8))
-        pen.polygon(np.array([(0, 0), (-.23, .3), (-.08, .22), (.02, .34), (.1, .22), (.24, .3)]) + (x, y), WHITE)
-    pen.rectangle(-2, .6, 2, 2, vary(rng, pick(rng, GREENS)))
+    pen.rectangle(-2, -2, 2, 0.5, sky)
+    pen.ball(rng.uniform(-0.6, 0.6), -0.65, 0.16, 0.16, (250, 225, 150))
+    for x, y, light in ((-0.65, -0.3, 0.8), (0.7, -0.2, 0.9), (0, -0.55, 1)):
+        pen.polygon([(x - 0.95, 0.75), (x, y), (x + 0.95, 0.75)], shade(rock, light))
+        pen.polygon([(x, y), (x + 0.95, 0.75), (x + 0.15, 0.75)], shade(rock, light * 0.8))
+        pen.polygon(
+            np.array(
+                [(0, 0), (-0.23, 0.3), (-0.08, 0.22), (0.02, 0.34), (0.1, 0.22), (0.24, 0.3)]
+            )
+            + (x, y),
+            WHITE,
+        )
+    pen.rectangle(-2, 0.6, 2, 2, vary(rng, pick(rng, GREENS)))
 
 # %% ../../nbs/maths/05_drawing.ipynb #b8ca9bf5
 def cup(pen: Pen, rng: np.random.Generator) -> None:
     "On a saucer, with a handle, coffee and steam."
     glaze = vary(rng, pick(rng, PAINTS + WALLS))
-    pen.ellipse(0, .72, .8, .14, shade(glaze, .8))
-    pen.ellipse(.55, .1, .3, .28, shade(glaze, .8))
-    pen.ellipse(.55, .1, .18, .17, shade(glaze, .4))
-    pen.polygon([(-.55, -.3), (.55, -.3), (.42, .62), (-.42, .62)], glaze)
-    pen.polygon([(-.5, -.3), (-.3, -.3), (-.22, .62), (-.4, .62)], shade(glaze, 1.2))
-    pen.ellipse(0, .62, .42, .1, glaze)
-    pen.ellipse(0, -.3, .55, .15, shade(glaze, 1.15))
-    pen.ellipse(0, -.29, .48, .11, (84, 54, 38))
-    for x in (-.2, .1): pen.limb((x, -.45), (x + .18, -.6), (x, -.85), (235, 235, 235), (.03, .015))
+    pen.ellipse(0, 0.72, 0.8, 0.14, shade(glaze, 0.8))
+    pen.ellipse(0.55, 0.1, 0.3, 0.28, shade(glaze, 0.8))
+    pen.ellipse(0.55, 0.1, 0.18, 0.17, shade(glaze, 0.4))
+    pen.polygon([(-0.55, -0.3), (0.55, -0.3), (0.42, 0.62), (-0.42, 0.62)], glaze)
+    pen.polygon([(-0.5, -0.3), (-0.3, -0.3), (-0.22, 0.62), (-0.4, 0.62)], shade(glaze, 1.2))
+    pen.ellipse(0, 0.62, 0.42, 0.1, glaze)
+    pen.ellipse(0, -0.3, 0.55, 0.15, shade(glaze, 1.15))
+    pen.ellipse(0, -0.29, 0.48, 0.11, (84, 54, 38))
+    for x in (-0.2, 0.1):
+        pen.limb((x, -0.45), (x + 0.18, -0.6), (x, -0.85), (235, 235, 235), (0.03, 0.015))
+
 
 def beach_ball(pen: Pen, rng: np.random.Generator) -> None:
     "Coloured and white bands from pole to pole, and a shadow below."
     colours = [vary(rng, pick(rng, PAINTS)), WHITE, vary(rng, pick(rng, PAINTS)), WHITE]
-    pen.ellipse(.05, .68, .6, .1, (70, 62, 60))
-    for edge, colour in zip((.68, .42, 0, -.42), colours):
-        half = np.concatenate([CIRCLE[8:25] * .68, CIRCLE[24:7:-1] * (-edge, .68)])   # all that is left of this edge
+    pen.ellipse(0.05, 0.68, 0.6, 0.1, (70, 62, 60))
+    for edge, colour in zip((0.68, 0.42, 0, -0.42), colours):
+        half = np.concatenate(
+            [CIRCLE[8:25] * 0.68, CIRCLE[24:7:-1] * (-edge, 0.68)]
+        )  # all that is left of this edge
         pen.polygon(half, colour)
-    pen.ellipse(0, -.62, .1, .05, WHITE)
+    pen.ellipse(0, -0.62, 0.1, 0.05, WHITE)
 
-OTHERS = [(draw, 1) for draw in (dog, rabbit, owl, bird, fish, elephant, house, tower, car, boat, tree, fir, flower, mountains, cup, beach_ball)]
+
+OTHERS = [
+    (draw, 1)
+    for draw in (
+        dog,
+        rabbit,
+        owl,
+        bird,
+        fish,
+        elephant,
+        house,
+        tower,
+        car,
+        boat,
+        tree,
+        fir,
+        flower,
+        mountains,
+        cup,
+        beach_ball,
+    )
+]
 
 # %% ../../nbs/maths/05_drawing.ipynb #4bf5ee49
 Subject = Callable[[Pen, np.random.Generator], None]  # draws something with a pen
 
+
 def choose(
     rng: np.random.Generator,
-    table: list[tuple[Subject, float]], # subjects, and how often each
+    table: list[tuple[Subject, float]],  # subjects, and how often each
 ) -> Subject:
     "A subject of the table."
     weights = np.cumsum([weight for _, weight in table])
     return table[np.searchsorted(weights, rng.uniform(0, weights[-1]), side="right")][0]
 
+
 def pose(
     pen: Pen,
     rng: np.random.Generator,
-) -> Pen: # a little moved, turned, scaled, and perhaps mirrored
+) -> Pen:  # a little moved, turned, scaled, and perhaps mirrored
     "A pen for the subject."
-    return pen.at(*rng.normal(0, .028, 2), rng.normal(.95, .03), rng.normal(0, .05), pick(rng, [-1, 1]))
+    return pen.at(
+        *rng.normal(0, 0.028, 2),
+        rng.normal(0.95, 0.03),
+        rng.normal(0, 0.05),
+        pick(rng, [-1, 1]),
+    )
 
 # %% ../../nbs/maths/05_drawing.ipynb #00e26fad
 def light(
     rng: np.random.Generator,
     size: int,  # edge in pixels
-) -> np.ndarray: # (size, size, 3), around 1
+) -> np.ndarray:  # (size, size, 3), around 1
     "How bright each pixel is lit: from a random side, in a random colour, the corners least."
-    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     angle = rng.uniform(0, 2 * np.pi)
-    brightness = rng.normal(1.05, .06) + .12 * (x * np.cos(angle) + y * np.sin(angle))
-    return (brightness * (1 - .18 * (x * x + y * y)))[..., None] * rng.normal(1, .03, 3)
+    brightness = rng.normal(1.05, 0.06) + 0.12 * (x * np.cos(angle) + y * np.sin(angle))
+    return (brightness * (1 - 0.18 * (x * x + y * y)))[..., None] * rng.normal(1, 0.03, 3)
+
 
 def photograph(
     scene: Image.Image,  # larger than `size`
     rng: np.random.Generator,
-    size: int,           # edge in pixels
-) -> np.ndarray: # (size, size, 3) uint8
+    size: int,  # edge in pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "The scene as a small camera sees it: a little blurred, lit, and noisy."
-    blur = ImageFilter.GaussianBlur(rng.uniform(0, .6) * size / 64)
-    pixels = np.asarray(scene.resize((size, size), Image.Resampling.LANCZOS).filter(blur)) * light(rng, size)
+    blur = ImageFilter.GaussianBlur(rng.uniform(0, 0.6) * size / 64)
+    pixels = np.asarray(
+        scene.resize((size, size), Image.Resampling.LANCZOS).filter(blur)
+    ) * light(rng, size)
     return np.clip(pixels + rng.normal(0, 4, (size, size, 1)), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/maths/05_drawing.ipynb #f12976c2
 SUPERSAMPLING = 4  # pixels drawn for each that is kept, along an edge
 
+
 def draw_subject(
     subject: Subject,
     rng: np.random.Generator,
-    size: int=64,  # edge in pixels
-) -> np.ndarray: # (size, size, 3) uint8
+    size: int = 64,  # edge in pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "A picture of this subject, before some background."
     pen = Pen(Image.new("RGB", (SUPERSAMPLING * size, SUPERSAMPLING * size)))
     pick(rng, BACKGROUNDS)(pen, rng)
-    pen.image.paste(pen.image.point(lambda value: value * .75))
+    pen.image.paste(pen.image.point(lambda value: value * 0.75))
     subject(pose(pen, rng), rng)
     return photograph(pen.image, rng, size)
+
 
 def draw_image(
     is_cat: bool,
     rng: np.random.Generator,
-    size: int=64,  # edge in pixels
-) -> np.ndarray: # (size, size, 3) uint8
+    size: int = 64,  # edge in pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "A picture of a cat, or of something else."
     return draw_subject(choose(rng, CATS if is_cat else OTHERS), rng, size)
 
 # %% ../../nbs/maths/05_drawing.ipynb #22ff6bdd
 def draw_images(
-    labels: Sequence[int],       # 1 draws a cat, 0 something else
-    seed: int | Sequence[int]=0,
-    size: int=64,                # edge in pixels
-) -> np.ndarray: # (m, size, size, 3) uint8
+    labels: Sequence[int],  # 1 draws a cat, 0 something else
+    seed: int | Sequence[int] = 0,
+    size: int = 64,  # edge in pixels
+) -> np.ndarray:  # (m, size, size, 3) uint8
     "A picture for each label, each from a generator of its own."
-    if size < 1: raise InputError(f"size is {size}; it must be 1 pixel or more")
+    if size < 1:
+        raise InputError(f"size is {size}; it must be 1 pixel or more")
     generators = (np.random.default_rng([*np.atleast_1d(seed), i]) for i in range(len(labels)))
     images = [draw_image(label == 1, rng, size) for label, rng in zip(labels, generators)]
     return np.array(images, np.uint8).reshape(-1, size, size, 3)
 
 # %% ../../nbs/maths/05_drawing.ipynb #b5fc3f49
 def draw_labels(
-    m: int,              # pictures
-    cat_fraction: float, # how many of them are cats, 0 to 1
-) -> np.ndarray: # (m,) int64, 1 for a cat
+    m: int,  # pictures
+    cat_fraction: float,  # how many of them are cats, 0 to 1
+) -> np.ndarray:  # (m,) int64, 1 for a cat
     "Cats spread evenly among the others."
-    if not 0 <= cat_fraction <= 1: raise InputError(f"cat_fraction is {cat_fraction}; it must lie between 0 and 1")
-    cats_so_far = np.floor(np.arange(m + 1) * cat_fraction + .5)
+    if not 0 <= cat_fraction <= 1:
+        raise InputError(f"cat_fraction is {cat_fraction}; it must lie between 0 and 1")
+    cats_so_far = np.floor(np.arange(m + 1) * cat_fraction + 0.5)
     return np.diff(cats_so_far).astype(np.int64)
 
 # %% ../../nbs/maths/05_drawing.ipynb #8be99aee
 TRAIN, TEST = 0, 2  # the parts of a data set; part 1 is fifty easy pictures, see below
 
+
 def draw_datasets(
-    n_train: int=209,        # pictures to learn from
-    n_test: int=50,          # pictures to be tested on
-    size: int=64,            # edge in pixels
-    seed: int=0,             # another seed, other pictures
-    cat_fraction: float=1/3, # of both parts
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # train_x, train_y, test_x, test_y
+    n_train: int = 209,  # pictures to learn from
+    n_test: int = 50,  # pictures to be tested on
+    size: int = 64,  # edge in pixels
+    seed: int = 0,  # another seed, other pictures
+    cat_fraction: float = 1 / 3,  # of both parts
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # train_x, train_y, test_x, test_y
     "A data set: images (m, size, size, 3) uint8 and labels (m,) int64, to learn from and to be tested on."
     train_y, test_y = draw_labels(n_train, cat_fraction), draw_labels(n_test, cat_fraction)
-    return draw_images(train_y, [seed, TRAIN], size), train_y, draw_images(test_y, [seed, TEST], size), test_y
+    return (
+        draw_images(train_y, [seed, TRAIN], size),
+        train_y,
+        draw_images(test_y, [seed, TEST], size),
+        test_y,
+    )

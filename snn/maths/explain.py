@@ -17,24 +17,24 @@ from .neuron import ACTIVATIONS, input_gradient
 def fired(
     model: Model,
     image: np.ndarray,  # (size, size, 3) uint8
-) -> list[np.ndarray]: # per layer, (n,)
+) -> list[np.ndarray]:  # per layer, (n,)
     "What every neuron gives for one picture, first layer first."
     A = activations(model.parameters, model.layers, standardise(image[None]).T)
     return [layer[:, 0] for layer in A[1:]]
 
 # %% ../../nbs/maths/08_explain.ipynb #8c8dfb5a
 def has_fired(
-    activation: str,      # of the layer, a key of ACTIVATIONS
-    values: np.ndarray,   # its activations, (n,)
-) -> np.ndarray: # (n,) bool
+    activation: str,  # of the layer, a key of ACTIVATIONS
+    values: np.ndarray,  # its activations, (n,)
+) -> np.ndarray:  # (n,) bool
     "Which neurons of a layer said yes."
-    return values >= .5 if activation == "sigmoid" else values > 0
+    return values >= 0.5 if activation == "sigmoid" else values > 0
 
 # %% ../../nbs/maths/08_explain.ipynb #05006f9d
 def pixel_gradient(
     model: Model,
     image: np.ndarray,  # (size, size, 3) uint8
-) -> np.ndarray: # (size, size, 3)
+) -> np.ndarray:  # (size, size, 3)
     "Derivative of the answer by each pixel's red, green and blue, which go from 0 (dark) to 1."
     A = activations(model.parameters, model.layers, standardise(image[None]).T)
     dA = np.ones_like(A[-1])
@@ -47,6 +47,6 @@ def pixel_gradient(
 def saliency(
     model: Model,
     image: np.ndarray,  # (size, size, 3) uint8
-) -> np.ndarray: # (size, size), 0 or more
+) -> np.ndarray:  # (size, size), 0 or more
     "How far the answer moves with each pixel: the largest $|da/dx|$ of its three colours."
     return np.abs(pixel_gradient(model, image)).max(axis=2)

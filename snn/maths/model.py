@@ -20,17 +20,21 @@ from .parameters import InputError, Parameters, parse
 # %% ../../nbs/maths/07_model.ipynb #1be2977d
 class Model(NamedTuple):
     "A trained network."
+
     parameters: Parameters
     layers: list[tuple[np.ndarray, np.ndarray]]  # W (n, n_prev) and b (n, 1) per layer
     classes: tuple[str, str] = ("non-cat", "cat")
-    size: int = 64                               # edge of an image in pixels
+    size: int = 64  # edge of an image in pixels
 
-    def probabilities(self,
+    def probabilities(
+        self,
         images: np.ndarray,  # (m, size, size, 3) uint8
-    ) -> np.ndarray: # (m,)
+    ) -> np.ndarray:  # (m,)
         "How sure the network is that each image is a cat; raises `InputError` for images of another size."
         if images.shape[1:] != (self.size, self.size, 3):
-            raise InputError(f"the model takes images of {self.size}x{self.size}x3, but these are {'x'.join(map(str, images.shape[1:]))}")
+            raise InputError(
+                f"the model takes images of {self.size}x{self.size}x3, but these are {'x'.join(map(str, images.shape[1:]))}"
+            )
         return activations(self.parameters, self.layers, standardise(images).T)[-1][0]
 
 # %% ../../nbs/maths/07_model.ipynb #653ee3b3
@@ -40,6 +44,7 @@ def write(
 ) -> None:
     "Write a `params.h5`."
     import h5py
+
     with written_whole(path) as partial, h5py.File(partial, "w") as file:
         for l, (W, b, *_) in enumerate(model.layers, start=1):
             file[f"W{l}"], file[f"b{l}"] = W.astype(np.float64), b.astype(np.float64)
@@ -52,20 +57,25 @@ def _check_numbers(model: Model) -> Model:
     "Raise an `InputError` unless all weights are finite numbers, the image has pixels, and there are two classes."
     for l, arrays in enumerate(model.layers, start=1):
         for name, array in zip("Wb", arrays):
-            if array.dtype.kind != "f": raise InputError(f"{name}{l} is {array.dtype}; it must be float64")
-            if not np.isfinite(array).all(): raise InputError(f"{name}{l} holds a value that is infinite or not a number")
-    if model.size < 1: raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
+            if array.dtype.kind != "f":
+                raise InputError(f"{name}{l} is {array.dtype}; it must be float64")
+            if not np.isfinite(array).all():
+                raise InputError(f"{name}{l} holds a value that is infinite or not a number")
+    if model.size < 1:
+        raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
     check_classes("classes", model.classes)
     return model
 
 # %% ../../nbs/maths/07_model.ipynb #c31bd44d
 def _check_shapes(model: Model) -> Model:
     "Raise an `InputError` unless each layer fits the one before, and the first the images."
-    widths = [model.size ** 2 * 3, *model.parameters.sizes]
+    widths = [model.size**2 * 3, *model.parameters.sizes]
     for l, (W, b) in enumerate(model.layers, start=1):
         if W.shape != (widths[l], widths[l - 1]) or b.shape != (widths[l], 1):
-            raise InputError(f"W{l} is {W.shape} and b{l} {b.shape}; images of {model.size} pixels and the "
-                             f"model's parameters ask for {(widths[l], widths[l - 1])} and {(widths[l], 1)}")
+            raise InputError(
+                f"W{l} is {W.shape} and b{l} {b.shape}; images of {model.size} pixels and the "
+                f"model's parameters ask for {(widths[l], widths[l - 1])} and {(widths[l], 1)}"
+            )
     return model
 
 # %% ../../nbs/maths/07_model.ipynb #a1667ef5
@@ -75,36 +85,48 @@ def read(
     "A model from its file; raises `InputError`."
     with opened(path, kind="a model file") as file:
         for key in ("parameters", "classes", "image_size"):
-            if key not in file.attrs: raise InputError(f"has no attribute {key}; was it written by snn?")
+            if key not in file.attrs:
+                raise InputError(f"has no attribute {key}; was it written by snn?")
         parameters = parse(file.attrs["parameters"], "its parameters")
-        missing = [f"{k}{l}" for l in range(1, parameters.layers + 1) for k in "Wb" if f"{k}{l}" not in file]
-        if missing: raise InputError(f"has no {missing[0]}, but its parameters name {parameters.layers} layers")
-        layers = [(file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, parameters.layers + 1)]
+        missing = [
+            f"{k}{l}"
+            for l in range(1, parameters.layers + 1)
+            for k in "Wb"
+            if f"{k}{l}" not in file
+        ]
+        if missing:
+            raise InputError(
+                f"has no {missing[0]}, but its parameters name {parameters.layers} layers"
+            )
+        layers = [
+            (file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, parameters.layers + 1)
+        ]
         classes = tuple(map(text_of, np.ravel(file.attrs["classes"])))
         model = Model(parameters, layers, classes, int(file.attrs["image_size"]))
         return _check_numbers(_check_shapes(model))
 
 # %% ../../nbs/maths/07_model.ipynb #8a296b4e
 def wilson_interval(
-    right: int,     # successes
-    count: int,     # trials
-    z: float=1.959963984540054,  # 95 % of the normal distribution
+    right: int,  # successes
+    count: int,  # trials
+    z: float = 1.959963984540054,  # 95 % of the normal distribution
 ) -> tuple[float, float]:
     "Bounds of a proportion, by Wilson's score."
     p, spread = right / count, z * z / count
     middle = (p + spread / 2) / (1 + spread)
     half = z * sqrt(p * (1 - p) / count + spread / (4 * count)) / (1 + spread)
-    return max(0., middle - half), min(1., middle + half)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 # %% ../../nbs/maths/07_model.ipynb #2361f3af
 class Evaluation(msgspec.Struct, frozen=True):
     "What a model gets right and wrong on a test set."
+
     images: int
     accuracy: float
-    interval: tuple[float, float]                             # 95 %, Wilson
-    majority_baseline: float                                  # accuracy of always naming the larger class
-    confusion: tuple[tuple[int, int], tuple[int, int]]        # ((TN, FP), (FN, TP))
-    cost: float                                               # cross-entropy
+    interval: tuple[float, float]  # 95 %, Wilson
+    majority_baseline: float  # accuracy of always naming the larger class
+    confusion: tuple[tuple[int, int], tuple[int, int]]  # ((TN, FP), (FN, TP))
+    cost: float  # cross-entropy
 
 # %% ../../nbs/maths/07_model.ipynb #eaba36f3
 def evaluate(
@@ -114,7 +136,15 @@ def evaluate(
 ) -> Evaluation:
     "Compare a model's answers with the truth; an image is called a cat from a probability of one half."
     probabilities = model.probabilities(images)
-    found, m = probabilities >= .5, len(labels)
-    (tn, fp), (fn, tp) = [[int(((labels == y) & (found == f)).sum()) for f in (0, 1)] for y in (0, 1)]
-    return Evaluation(m, (tn + tp) / m, wilson_interval(tn + tp, m), max(tn + fp, fn + tp) / m,
-                      ((tn, fp), (fn, tp)), cost(probabilities[None], labels[None]))
+    found, m = probabilities >= 0.5, len(labels)
+    (tn, fp), (fn, tp) = [
+        [int(((labels == y) & (found == f)).sum()) for f in (0, 1)] for y in (0, 1)
+    ]
+    return Evaluation(
+        m,
+        (tn + tp) / m,
+        wilson_interval(tn + tp, m),
+        max(tn + fp, fn + tp) / m,
+        ((tn, fp), (fn, tp)),
+        cost(probabilities[None], labels[None]),
+    )

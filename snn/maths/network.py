@@ -16,7 +16,10 @@ from .neuron import backward, forward, input_gradient
 from .parameters import Optimizer, Parameters
 
 # %% ../../nbs/maths/04_network.ipynb #bfa7434c
-Layer = tuple[np.ndarray, ...]  # W (n, n_prev), b (n, 1), then what the optimizer keeps, in the same shapes
+Layer = tuple[
+    np.ndarray, ...
+]  # W (n, n_prev), b (n, 1), then what the optimizer keeps, in the same shapes
+
 
 def rows(
     layer: Layer,
@@ -24,23 +27,33 @@ def rows(
     count: int,  # how many
 ) -> Layer:
     "A block of a layer's neurons."
-    return tuple(array[first:first + count] for array in layer)
+    return tuple(array[first : first + count] for array in layer)
 
 # %% ../../nbs/maths/04_network.ipynb #4c4a8a2b
 def initialise_layer(
     parameters: Parameters,
-    layer: int,   # from 1
+    layer: int,  # from 1
     n_prev: int,  # neurons in the layer before, or input values
 ) -> Layer:
     "First weights of a layer, with biases of zero and an optimizer that remembers nothing."
     n, dtype = parameters.sizes[layer - 1], parameters.dtype
     scale = 2 if parameters.activation(layer) in ("relu", "leaky_relu") else 1
-    W = generator(parameters.seed, WEIGHTS, layer).standard_normal((n, n_prev)) * np.sqrt(scale / n_prev)
-    memory = MOMENTS[parameters.optimizer.name] * [np.zeros((n, n_prev), dtype), np.zeros((n, 1), dtype)]
+    W = generator(parameters.seed, WEIGHTS, layer).standard_normal((n, n_prev)) * np.sqrt(
+        scale / n_prev
+    )
+    memory = MOMENTS[parameters.optimizer.name] * [
+        np.zeros((n, n_prev), dtype),
+        np.zeros((n, 1), dtype),
+    ]
     return W.astype(dtype), np.zeros((n, 1), dtype), *memory
 
 # %% ../../nbs/maths/04_network.ipynb #063d0b2f
-MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}  # how many pairs like (W, b) each optimizer remembers
+MOMENTS = {
+    "sgd": 0,
+    "momentum": 1,
+    "adam": 2,
+}  # how many pairs like (W, b) each optimizer remembers
+
 
 def initialise(
     parameters: Parameters,
@@ -48,7 +61,9 @@ def initialise(
 ) -> list[Layer]:
     "First weights of the whole network, layer 1 first."
     widths = [n_inputs, *parameters.sizes]
-    return [initialise_layer(parameters, l, widths[l - 1]) for l in range(1, parameters.layers + 1)]
+    return [
+        initialise_layer(parameters, l, widths[l - 1]) for l in range(1, parameters.layers + 1)
+    ]
 
 # %% ../../nbs/maths/04_network.ipynb #65645442
 def cost(
@@ -62,7 +77,7 @@ def cost(
 def cost_gradient(
     A: np.ndarray,  # activations of the last layer, (1, m)
     Y: np.ndarray,  # labels, (1, m)
-) -> np.ndarray: # dA, (1, m)
+) -> np.ndarray:  # dA, (1, m)
     "Derivative of each image's cross-entropy by its activation: $-1/a$ for a cat, $1/(1-a)$ for another."
     return np.where(Y == 1, -1 / A, 1 / (1 - A))
 
@@ -71,10 +86,11 @@ def activations(
     parameters: Parameters,
     layers: list[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
-) -> list[np.ndarray]: # A0 = X, A1, ..., each (n, m)
+) -> list[np.ndarray]:  # A0 = X, A1, ..., each (n, m)
     "What every layer gives for these images."
     A = [X]
-    for l, (W, b, *_) in enumerate(layers, start=1): A.append(forward(W, b, A[-1], parameters.activation(l)))
+    for l, (W, b, *_) in enumerate(layers, start=1):
+        A.append(forward(W, b, A[-1], parameters.activation(l)))
     return A
 
 # %% ../../nbs/maths/04_network.ipynb #7aa23329
@@ -82,52 +98,59 @@ def slopes(
     parameters: Parameters,
     layers: list[Layer],
     A: list[np.ndarray],  # from `activations`
-    Y: np.ndarray,        # labels, (1, m)
-) -> list[tuple[np.ndarray, np.ndarray]]: # (dW, db) per layer
+    Y: np.ndarray,  # labels, (1, m)
+) -> list[tuple[np.ndarray, np.ndarray]]:  # (dW, db) per layer
     "Derivatives of the cost by all weights and biases."
     dA, result = cost_gradient(A[-1], Y), []
     for l in range(len(layers), 0, -1):
         dZ, dW, db = backward(dA, A[l], A[l - 1], parameters.activation(l))
         result.insert(0, (dW, db))
-        if l > 1: dA = input_gradient(layers[l - 1][0], dZ)
+        if l > 1:
+            dA = input_gradient(layers[l - 1][0], dZ)
     return result
+
 
 def gradients(
     parameters: Parameters,
     layers: list[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
     Y: np.ndarray,  # labels, (1, m)
-) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]: # cost, and (dW, db) per layer
+) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:  # cost, and (dW, db) per layer
     "Cost of a mini-batch, and its derivatives."
     A = activations(parameters, layers, X)
     return cost(A[-1], Y), slopes(parameters, layers, A, Y)
 
 # %% ../../nbs/maths/04_network.ipynb #8709ed0e
-def _sgd(p, g, rate, optimizer, t): return (p - rate * g,)
+def _sgd(p, g, rate, optimizer, t):
+    return (p - rate * g,)
+
 
 def _momentum(p, v, g, rate, optimizer, t):
     v = optimizer.momentum * v + g
     return p - rate * v, v
 
+
 def _adam(p, m, v, g, rate, optimizer, t):
     m = optimizer.beta1 * m + (1 - optimizer.beta1) * g
     v = optimizer.beta2 * v + (1 - optimizer.beta2) * g * g
-    m_hat, v_hat = m / (1 - optimizer.beta1 ** t), v / (1 - optimizer.beta2 ** t)
+    m_hat, v_hat = m / (1 - optimizer.beta1**t), v / (1 - optimizer.beta2**t)
     return p - rate * m_hat / (np.sqrt(v_hat) + optimizer.epsilon), m, v
+
 
 RULES = {"sgd": _sgd, "momentum": _momentum, "adam": _adam}
 
 # %% ../../nbs/maths/04_network.ipynb #6104e243
 def step(
     parameters: Parameters,
-    layer: Layer,    # or a block of its rows
+    layer: Layer,  # or a block of its rows
     dW: np.ndarray,  # (n, n_prev)
     db: np.ndarray,  # (n, 1)
-    epoch: int,      # from 0; each epoch makes one step
+    epoch: int,  # from 0; each epoch makes one step
 ) -> Layer:
     "The layer, or the block, after one step of the optimizer."
     optimizer, rate = parameters.optimizer, parameters.learning_rate
-    if optimizer.l2: dW = dW + optimizer.l2 * layer[0]
+    if optimizer.l2:
+        dW = dW + optimizer.l2 * layer[0]
     rule = RULES[optimizer.name]
     W = rule(*layer[0::2], dW, rate, optimizer, epoch + 1)
     b = rule(*layer[1::2], db, rate, optimizer, epoch + 1)
@@ -140,6 +163,7 @@ def best_batch(
     "Number of the mini-batch with the lowest cost; the first of equals."
     return int(np.argmin(costs))
 
+
 def mean_of(
     values: Iterable,  # one per mini-batch: numbers or arrays of one shape
     sizes: list[int],  # images in each mini-batch
@@ -147,7 +171,8 @@ def mean_of(
     "Mean over the mini-batches, weighed by their images, summed in their order."
     shares = (value * (size / sum(sizes)) for value, size in zip(values, sizes))
     total = next(shares)
-    for share in shares: total = total + share
+    for share in shares:
+        total = total + share
     return total
 
 # %% ../../nbs/maths/04_network.ipynb #2229a3f3
@@ -157,7 +182,7 @@ def train_epoch(
     X: np.ndarray,  # images as rows, (m, n_inputs)
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
-) -> tuple[float, list[Layer]]: # the epoch's cost, and the weights after it
+) -> tuple[float, list[Layer]]:  # the epoch's cost, and the weights after it
     "One pass over the data, and one step."
     batches = mini_batches(len(X), parameters.batch_size, parameters.seed, epoch)
     results = [gradients(parameters, layers, X[batch].T, Y[None, batch]) for batch in batches]
@@ -167,21 +192,27 @@ def train_epoch(
         total, chosen = costs[best], slopes[best]
     else:
         total = mean_of(costs, sizes)
-        chosen = [tuple(mean_of(arrays, sizes) for arrays in zip(*pairs)) for pairs in zip(*slopes)]
-    return total, [step(parameters, layer, *slope, epoch) for layer, slope in zip(layers, chosen)]
+        chosen = [
+            tuple(mean_of(arrays, sizes) for arrays in zip(*pairs)) for pairs in zip(*slopes)
+        ]
+    return total, [
+        step(parameters, layer, *slope, epoch) for layer, slope in zip(layers, chosen)
+    ]
 
 # %% ../../nbs/maths/04_network.ipynb #12573df3
 def train(
     parameters: Parameters,
     X: np.ndarray,  # images as rows, (m, n_inputs)
     Y: np.ndarray,  # labels, (m,)
-) -> Iterator[tuple[float, list[Layer]]]: # per epoch: its cost, and the weights after it
+) -> Iterator[tuple[float, list[Layer]]]:  # per epoch: its cost, and the weights after it
     "Train until the threshold or the last epoch: the reference for all other ways to train."
     layers = initialise(parameters, X.shape[1])
     for epoch in range(parameters.epochs):
         total, layers = train_epoch(parameters, layers, X, Y, epoch)
         yield total, layers
-        if reached(parameters, total): return
+        if reached(parameters, total):
+            return
+
 
 def reached(parameters: Parameters, cost: float) -> bool:
     "Is this cost good enough to stop? A threshold of 0 never is."

@@ -16,6 +16,7 @@ def relu(
     "$g(z) = \\max(z, 0)$ (Nair & Hinton, 2010)."
     return np.maximum(Z, 0)
 
+
 def relu_slope(
     A: np.ndarray,  # activations, any shape
 ) -> np.ndarray:
@@ -25,11 +26,13 @@ def relu_slope(
 # %% ../../nbs/maths/02_neuron.ipynb #89a8ec11
 LEAK = 0.01
 
+
 def leaky_relu(
     Z: np.ndarray,  # weighted sums, any shape
 ) -> np.ndarray:
     "$g(z) = \\max(z, 0.01 z)$: a ReLU that can't die (Maas et al., 2013)."
     return np.maximum(Z, LEAK * Z)
+
 
 def leaky_relu_slope(
     A: np.ndarray,  # activations, any shape
@@ -43,6 +46,7 @@ def tanh(
 ) -> np.ndarray:
     "$g(z) = \\tanh z$."
     return np.tanh(Z)
+
 
 def tanh_slope(
     A: np.ndarray,  # activations, any shape
@@ -59,6 +63,7 @@ def sigmoid(
     step = np.finfo(Z.dtype).epsneg
     return np.clip(np.where(Z >= 0, 1, e) / (1 + e), step, 1 - step)
 
+
 def sigmoid_slope(
     A: np.ndarray,  # activations, any shape
 ) -> np.ndarray:
@@ -66,15 +71,19 @@ def sigmoid_slope(
     return A * (1 - A)
 
 # %% ../../nbs/maths/02_neuron.ipynb #92b50b1f
-ACTIVATIONS = {"relu": (relu, relu_slope), "leaky_relu": (leaky_relu, leaky_relu_slope),
-               "tanh": (tanh, tanh_slope), "sigmoid": (sigmoid, sigmoid_slope)}
+ACTIVATIONS = {
+    "relu": (relu, relu_slope),
+    "leaky_relu": (leaky_relu, leaky_relu_slope),
+    "tanh": (tanh, tanh_slope),
+    "sigmoid": (sigmoid, sigmoid_slope),
+}
 
 # %% ../../nbs/maths/02_neuron.ipynb #2174bbcd
 def forward(
-    W: np.ndarray,       # weights, (n, n_prev)
-    b: np.ndarray,       # biases, (n, 1)
+    W: np.ndarray,  # weights, (n, n_prev)
+    b: np.ndarray,  # biases, (n, 1)
     A_prev: np.ndarray,  # activations of the layer before, (n_prev, m)
-    activation: str,     # a key of ACTIVATIONS
+    activation: str,  # a key of ACTIVATIONS
 ) -> np.ndarray:
     "$A = g(W A_\\text{prev} + b)$, of shape (n, m)."
     Z = W @ A_prev
@@ -83,11 +92,11 @@ def forward(
 
 # %% ../../nbs/maths/02_neuron.ipynb #d887a339
 def backward(
-    dA: np.ndarray,      # derivative of the cost by A, (n, m)
-    A: np.ndarray,       # activations from `forward`, (n, m)
+    dA: np.ndarray,  # derivative of the cost by A, (n, m)
+    A: np.ndarray,  # activations from `forward`, (n, m)
     A_prev: np.ndarray,  # activations of the layer before, (n_prev, m)
-    activation: str,     # a key of ACTIVATIONS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # dZ (n, m), dW (n, n_prev), db (n, 1)
+    activation: str,  # a key of ACTIVATIONS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # dZ (n, m), dW (n, n_prev), db (n, 1)
     "Derivatives of the cost by the block's sums, weights and biases."
     dZ = dA * ACTIVATIONS[activation][1](A)
     dW = dZ @ A_prev.T
@@ -96,8 +105,8 @@ def backward(
 
 # %% ../../nbs/maths/02_neuron.ipynb #cb85264c
 def input_gradient(
-    W: np.ndarray,   # weights of the whole layer, (n, n_prev)
+    W: np.ndarray,  # weights of the whole layer, (n, n_prev)
     dZ: np.ndarray,  # derivative of the cost by its sums, (n, m)
-) -> np.ndarray: # dA_prev, (n_prev, m)
+) -> np.ndarray:  # dA_prev, (n_prev, m)
     "$dA_\\text{prev} = W^\\top dZ$: what this layer tells the one before."
     return W.T @ dZ

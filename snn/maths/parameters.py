@@ -26,10 +26,16 @@ Whole = Annotated[int, Meta(ge=1, le=2**31, description="a whole number, 1 or mo
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number, 0 or more")]
 Positive = Annotated[float, Meta(gt=0, le=LARGEST, description="a number above 0")]
 NotNegative = Annotated[float, Meta(ge=0, le=LARGEST, description="a number, 0 or more")]
-Fraction = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 up to, but not including, 1")]
-Activation = Annotated[Literal["relu", "leaky_relu", "tanh", "sigmoid"],
-                       Meta(description="relu, leaky_relu, tanh or sigmoid")]
-Granularity = Annotated[Literal["neuron", "layer", "network"], Meta(description="neuron, layer or network")]
+Fraction = Annotated[
+    float, Meta(ge=0, lt=1, description="a number from 0 up to, but not including, 1")
+]
+Activation = Annotated[
+    Literal["relu", "leaky_relu", "tanh", "sigmoid"],
+    Meta(description="relu, leaky_relu, tanh or sigmoid"),
+]
+Granularity = Annotated[
+    Literal["neuron", "layer", "network"], Meta(description="neuron, layer or network")
+]
 Aggregation = Annotated[Literal["best", "mean"], Meta(description="best or mean")]
 Dtype = Annotated[Literal["float64", "float32"], Meta(description="float64 or float32")]
 Rule = Annotated[Literal["sgd", "momentum", "adam"], Meta(description="sgd, momentum or adam")]
@@ -37,43 +43,46 @@ Rule = Annotated[Literal["sgd", "momentum", "adam"], Meta(description="sgd, mome
 # %% ../../nbs/maths/01_parameters.ipynb #b4ce9be4
 class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
     "How a gradient becomes a step: gradient descent, with momentum, or Adam (Kingma & Ba, 2015)."
+
     name: Rule = "sgd"
-    momentum: Fraction = 0.9     # used by momentum
-    beta1: Fraction = 0.9        # used by adam, first moment
-    beta2: Fraction = 0.999      # used by adam, second moment
-    epsilon: Positive = 1e-8     # used by adam, keeps the quotient finite
-    l2: NotNegative = 0.0        # weight decay: l2 * W is added to dW
+    momentum: Fraction = 0.9  # used by momentum
+    beta1: Fraction = 0.9  # used by adam, first moment
+    beta2: Fraction = 0.999  # used by adam, second moment
+    epsilon: Positive = 1e-8  # used by adam, keeps the quotient finite
+    l2: NotNegative = 0.0  # weight decay: l2 * W is added to dW
 
 # %% ../../nbs/maths/01_parameters.ipynb #f43f7201
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     "All that a training run is told, apart from its data."
-    epochs: Whole                            # passes over the data at most
-    layers: Whole                            # number of layers, without the input
-    neurons: dict[str, Whole]                # layer1 ... layerN: neurons of each
-    activations: dict[str, Activation]       # layer1 ... layerN: activation of each
-    learning_rate: Positive                  # length of a step along the gradient
-    batch_size: Whole                        # images in a mini-batch
-    threshold: NotNegative                   # stop at a cost at or below it; 0 never stops
-    aggregation: Aggregation = "best"        # of the mini-batches' gradients
+
+    epochs: Whole  # passes over the data at most
+    layers: Whole  # number of layers, without the input
+    neurons: dict[str, Whole]  # layer1 ... layerN: neurons of each
+    activations: dict[str, Activation]  # layer1 ... layerN: activation of each
+    learning_rate: Positive  # length of a step along the gradient
+    batch_size: Whole  # images in a mini-batch
+    threshold: NotNegative  # stop at a cost at or below it; 0 never stops
+    aggregation: Aggregation = "best"  # of the mini-batches' gradients
     optimizer: Optimizer = Optimizer()
-    granularity: Granularity = "neuron"      # what one NeuronLambda computes
-    seed: Count = 0                          # of the weights and the shuffles
-    dtype: Dtype = "float64"                 # of weights and activations
-    checkpoint_every: Count = 0              # epochs between two checkpoints; 0 is off
-    validation_fraction: Fraction = 0.0      # of the training images, held back
-    patience: Count = 0                      # epochs without a better validation cost; 0 is off
-    notify_every: Count = 0                  # epochs between two mails; 0 is off
-    stall_after: Positive = 20.0             # seconds without progress until the watchdog looks
-    max_cost: NotNegative = 0.0              # USD that the run may cost at AWS's prices; 0 is off
-    deadline: NotNegative = 0.0              # seconds from the upload that the run may take; 0 is off
-    residents: Count = 0                     # NeuronLambdas that stay and take messages from a queue; 0: each message invokes one
+    granularity: Granularity = "neuron"  # what one NeuronLambda computes
+    seed: Count = 0  # of the weights and the shuffles
+    dtype: Dtype = "float64"  # of weights and activations
+    checkpoint_every: Count = 0  # epochs between two checkpoints; 0 is off
+    validation_fraction: Fraction = 0.0  # of the training images, held back
+    patience: Count = 0  # epochs without a better validation cost; 0 is off
+    notify_every: Count = 0  # epochs between two mails; 0 is off
+    stall_after: Positive = 20.0  # seconds without progress until the watchdog looks
+    max_cost: NotNegative = 0.0  # USD that the run may cost at AWS's prices; 0 is off
+    deadline: NotNegative = 0.0  # seconds from the upload that the run may take; 0 is off
+    residents: Count = 0  # NeuronLambdas that stay and take messages from a queue; 0: each message invokes one
 
     @property
     def sizes(self) -> list[int]:
         "Neurons per layer, first layer first."
         return [self.neurons[f"layer{l}"] for l in range(1, self.layers + 1)]
 
-    def activation(self,
+    def activation(
+        self,
         layer: int,  # from 1
     ) -> str:
         "Name of a layer's activation function."
@@ -100,13 +109,16 @@ def _convert_struct(path: str, value: dict, kind: type) -> Struct:
             raise InputError(f"unknown key {path}{key}; {_nearest(key, list(hints))}")
     for field in fields:
         if field.required and field.name not in value:
-            raise InputError(f"{path}{field.name} is missing; it may hold {_may_hold(hints[field.name])}")
+            raise InputError(
+                f"{path}{field.name} is missing; it may hold {_may_hold(hints[field.name])}"
+            )
     return kind(**{key: _convert(path + key, item, hints[key]) for key, item in value.items()})
 
 # %% ../../nbs/maths/01_parameters.ipynb #6a84db86
 def _may_hold(kind: Any) -> str:
     "What a key of this type may hold, in words."
-    if get_origin(kind) is dict: return f"an object with layer1, layer2, ..., each {_may_hold(get_args(kind)[1])}"
+    if get_origin(kind) is dict:
+        return f"an object with layer1, layer2, ..., each {_may_hold(get_args(kind)[1])}"
     metas = [m for m in getattr(kind, "__metadata__", ()) if isinstance(m, Meta)]
     return metas[0].description if metas else "an object"
 
@@ -116,17 +128,30 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
     is_struct = isinstance(kind, type) and issubclass(kind, Struct)
     if (is_struct or get_origin(kind) is dict) and not isinstance(value, dict):
         raise InputError(f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}")
-    if is_struct: return _convert_struct(path + ".", value, kind)
+    if is_struct:
+        return _convert_struct(path + ".", value, kind)
     if get_origin(kind) is dict:
-        return {key: _convert(f"{path}.{key}", item, get_args(kind)[1]) for key, item in value.items()}
-    if isinstance(value, float) and get_origin(kind) is Annotated and get_args(kind)[0] is int and value.is_integer():
+        return {
+            key: _convert(f"{path}.{key}", item, get_args(kind)[1])
+            for key, item in value.items()
+        }
+    if (
+        isinstance(value, float)
+        and get_origin(kind) is Annotated
+        and get_args(kind)[0] is int
+        and value.is_integer()
+    ):
         value = int(value)  # 3.0 is a whole number to JSON
-    try: return msgspec.convert(value, kind)
+    try:
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError:
-        raise InputError(f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}") from None
+        raise InputError(
+            f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}"
+        ) from None
 
 # %% ../../nbs/maths/01_parameters.ipynb #5716838f
 WIDEST = 7000  # neurons that are asked one by one; a script on the parameter server takes no more than about 8,000 messages or rows at once
+
 
 def _check_layers(parameters: Parameters) -> None:
     "Raise an `InputError` where `layers`, `neurons` and `activations` disagree."
@@ -134,23 +159,39 @@ def _check_layers(parameters: Parameters) -> None:
     for key in ("neurons", "activations"):
         given = getattr(parameters, key)
         for layer in expected:
-            if layer not in given: raise InputError(f"layers is {parameters.layers}, but {key} has no {layer}")
+            if layer not in given:
+                raise InputError(f"layers is {parameters.layers}, but {key} has no {layer}")
         for layer in given:
-            if layer not in expected: raise InputError(f"{key} has {layer}, but layers is {parameters.layers}")
-        if key == "neurons" and parameters.granularity == "neuron" and (wide := [l for l in expected if given[l] > WIDEST]):
-            raise InputError(f"neurons.{wide[0]} is {given[wide[0]]}, but with granularity neuron a layer may have at most {WIDEST}; layer and network know no limit")
+            if layer not in expected:
+                raise InputError(f"{key} has {layer}, but layers is {parameters.layers}")
+        if (
+            key == "neurons"
+            and parameters.granularity == "neuron"
+            and (wide := [l for l in expected if given[l] > WIDEST])
+        ):
+            raise InputError(
+                f"neurons.{wide[0]} is {given[wide[0]]}, but with granularity neuron a layer may have at most {WIDEST}; layer and network know no limit"
+            )
     last = expected[-1]
     if parameters.neurons[last] != 1 or parameters.activations[last] != "sigmoid":
-        raise InputError(f"the last layer must be one sigmoid neuron, but neurons.{last} is "
-                         f"{parameters.neurons[last]} and activations.{last} is {parameters.activations[last]}")
+        raise InputError(
+            f"the last layer must be one sigmoid neuron, but neurons.{last} is "
+            f"{parameters.neurons[last]} and activations.{last} is {parameters.activations[last]}"
+        )
 
 # %% ../../nbs/maths/01_parameters.ipynb #c34657a4
 def from_dict(
     values: dict,  # as in the file
 ) -> Parameters:
     "Checked parameters; raises `InputError` with one sentence for the first wrong value."
-    if not isinstance(values, dict): raise InputError(f"holds {_shown(values)}; it must be an object with keys")
-    if "layers" in values: _convert("layers", values["layers"], Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")])
+    if not isinstance(values, dict):
+        raise InputError(f"holds {_shown(values)}; it must be an object with keys")
+    if "layers" in values:
+        _convert(
+            "layers",
+            values["layers"],
+            Annotated[int, Meta(ge=1, le=1000, description="a whole number from 1 to 1000")],
+        )
     parameters = _convert_struct("", values, Parameters)
     _check_layers(parameters)
     return parameters
@@ -159,25 +200,37 @@ def from_dict(
 def _refuse_constant(text: str) -> None:
     raise InputError(f"holds {text}, which is not a number that JSON or a network can use")
 
+
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict:
     "An object of JSON, unless a key is in it twice."
     keys = [key for key, _ in pairs]
     for key in keys:
-        if keys.count(key) > 1: raise InputError(f"has the key {key} twice; one of the two must go")
+        if keys.count(key) > 1:
+            raise InputError(f"has the key {key} twice; one of the two must go")
     return dict(pairs)
 
 # %% ../../nbs/maths/01_parameters.ipynb #aef22477
 def parse(
-    text: str | bytes,             # JSON
-    where: str="parameters.json",  # begins each error message
+    text: str | bytes,  # JSON
+    where: str = "parameters.json",  # begins each error message
 ) -> Parameters:
     "Parameters from JSON text; raises `InputError`."
-    try: return from_dict(json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice))
-    except InputError as error: raise InputError(f"{where}: {error}") from None
+    try:
+        return from_dict(
+            json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except UnicodeDecodeError: raise InputError(f"{where}: not a text file in UTF-8") from None
-    except (RecursionError, ValueError): raise InputError(f"{where}: a number is too long, or objects are nested too deeply") from None
+        raise InputError(
+            f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not a text file in UTF-8") from None
+    except (RecursionError, ValueError):
+        raise InputError(
+            f"{where}: a number is too long, or objects are nested too deeply"
+        ) from None
 
 # %% ../../nbs/maths/01_parameters.ipynb #420e30b6
 def read(
@@ -185,5 +238,6 @@ def read(
 ) -> Parameters:
     "Parameters from a file; raises `InputError`."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path}: no such file")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     return parse(path.read_bytes(), str(path))

@@ -26,18 +26,25 @@ from .parameters import InputError
 def _largest(image: Image.Image, values: np.ndarray) -> float:
     "The value that stands for white in a grey picture of 16 or 32 bits."
     said = image.info.get("largest", 0)  # what the file says that it uses
-    if said and values.max() <= said: return said
-    if image.mode.startswith("I;16"): return 65535
+    if said and values.max() <= said:
+        return said
+    if image.mode.startswith("I;16"):
+        return 65535
     return next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     "A grey picture of 16 or 32 bits in 8, which Pillow itself would cut off at 255 and so make white."
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    return Image.fromarray((255 * (values / _largest(image, values)).clip(0, 1)).round().astype(np.uint8))
+    return Image.fromarray(
+        (255 * (values / _largest(image, values)).clip(0, 1)).round().astype(np.uint8)
+    )
+
 
 def _coloured(image: Image.Image) -> Image.Image:
     "A picture in RGB, transparent parts on white."
-    if image.mode[0] in "IF": image = _eight_bits(image)
+    if image.mode[0] in "IF":
+        image = _eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -45,6 +52,7 @@ def _coloured(image: Image.Image) -> Image.Image:
 
 # %% ../../nbs/maths/06_photographs.ipynb #0ba1740a
 NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # whole numbers in a TIFF, by type
+
 
 def _entries(content: bytes) -> tuple[str, int, dict[int, tuple[int, int, bytes]]]:
     "Byte order, place, and entries of the first directory of a TIFF, as far as they can be read: type, count and four bytes."
@@ -55,8 +63,10 @@ def _entries(content: bytes) -> tuple[str, int, dict[int, tuple[int, int, bytes]
         for i in range(*struct.unpack_from(f"{order}H", content, at)):
             tag, *entry = struct.unpack_from(f"{order}HHI4s", content, at + 2 + 12 * i)
             entries[tag] = tuple(entry)
-    except struct.error: pass  # it breaks off
+    except struct.error:
+        pass  # it breaks off
     return order, at, entries
+
 
 def _number(content: bytes, tag: int) -> int:
     "A whole number of a TIFF's directory; 0 if it isn't there."
@@ -64,200 +74,338 @@ def _number(content: bytes, tag: int) -> int:
     kind, _, value = entries.get(tag, (0, 0, b"")) if order else (0, 0, b"")
     return struct.unpack_from(order + NUMBERS[kind], value)[0] if kind in NUMBERS else 0
 
+
 def orientation(
-    note: bytes, # EXIF or XMP
-) -> int: # 1 to 8; 0 if it says nothing
+    note: bytes,  # EXIF or XMP
+) -> int:  # 1 to 8; 0 if it says nothing
     "Which way a camera was held."
     exif = re.sub(rb"^(Exif\0\0)+", b"", note)
-    if exif[:4] in (b"II*\0", b"MM\0*"): found = _number(exif, 0x0112)
-    else: found = int((re.findall(rb"tiff:Orientation(?:=[\"']|>)([1-8])", note) or [0])[0])
+    if exif[:4] in (b"II*\0", b"MM\0*"):
+        found = _number(exif, 0x0112)
+    else:
+        found = int((re.findall(rb"tiff:Orientation(?:=[\"']|>)([1-8])", note) or [0])[0])
     return found if 1 <= found <= 8 else 0
 
 # %% ../../nbs/maths/06_photographs.ipynb #4ed9b944
-TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def upright(
     image: Image.Image,
-    notes: list[bytes]=[], # EXIF and XMP that have been taken from its file
+    notes: list[bytes] = [],  # EXIF and XMP that have been taken from its file
 ) -> Image.Image:
     "A picture turned as the first note says that says anything."
     kept = [image.info.pop(name, None) for name in ("exif", "xmp", "XML:com.adobe.xmp")]
-    said = [*notes, *(note.encode() if isinstance(note, str) else note for note in kept if note)]
+    said = [
+        *notes,
+        *(note.encode() if isinstance(note, str) else note for note in kept if note),
+    ]
     way = TURN.get(next(filter(None, map(orientation, said)), 1))
     return image if way is None else image.transpose(way)
 
+
 def square(
     image: Image.Image,
-    size: int=64,  # edge in pixels
-) -> np.ndarray: # (size, size, 3) uint8
+    size: int = 64,  # edge in pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "The largest square from the middle of a picture, upright and in RGB."
-    return np.asarray(ImageOps.fit(_coloured(upright(image)), (size, size), Image.Resampling.LANCZOS))
+    return np.asarray(
+        ImageOps.fit(_coloured(upright(image)), (size, size), Image.Resampling.LANCZOS)
+    )
 
 # %% ../../nbs/maths/06_photographs.ipynb #291aa368
-PARTS = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}  # of a PNG; small letters, but they belong to the pixels
+PARTS = {
+    b"tRNS",
+    b"acTL",
+    b"fcTL",
+    b"fdAT",
+}  # of a PNG; small letters, but they belong to the pixels
+
 
 def _png(content: bytes) -> tuple[bytes, list[bytes], int]:
     "A PNG without its notes; the notes; and the largest value that it says it uses."
     kept, notes, largest, at = [content[:8]], [], 0, 8
     while at + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
-        chunk, at = content[at:at + 12 + length], at + 12 + length
-        if kind[:1].isupper() or kind in PARTS: kept.append(chunk)
-        elif kind == b"sBIT" and length: largest = 2 ** min(chunk[8], 16) - 1
-        elif kind in (b"eXIf", b"iTXt"): notes.append(chunk[8:-4])
-        if kind in (b"zTXt", b"iCCP") and _unpacks_to_more(chunk[8:-4].partition(b"\0")[2][1:], 2 ** 25):
+        chunk, at = content[at : at + 12 + length], at + 12 + length
+        if kind[:1].isupper() or kind in PARTS:
+            kept.append(chunk)
+        elif kind == b"sBIT" and length:
+            largest = 2 ** min(chunk[8], 16) - 1
+        elif kind in (b"eXIf", b"iTXt"):
+            notes.append(chunk[8:-4])
+        if kind in (b"zTXt", b"iCCP") and _unpacks_to_more(
+            chunk[8:-4].partition(b"\0")[2][1:], 2**25
+        ):
             raise NotAPicture("not-an-image")  # nobody writes such a note but to do harm
-        if kind == b"zTXt" and chunk[8:].startswith(b"Raw profile type exif\0"): notes.append(_profile(chunk[31:-4]))
-        if kind == b"IEND": break
+        if kind == b"zTXt" and chunk[8:].startswith(b"Raw profile type exif\0"):
+            notes.append(_profile(chunk[31:-4]))
+        if kind == b"IEND":
+            break
     return b"".join(kept) + content[at:], notes, largest
+
 
 def _unpacks_to_more(packed: bytes, most: int) -> bool:
     "Is this a bomb? Nothing of it is kept."
     stream, count = zlib.decompressobj(), 0
     try:
         while packed and count <= most:
-            count += len(stream.decompress(packed, 2 ** 20))
+            count += len(stream.decompress(packed, 2**20))
             packed = stream.unconsumed_tail
-    except zlib.error: pass  # damaged, and never used
+    except zlib.error:
+        pass  # damaged, and never used
     return count > most
+
 
 def _profile(packed: bytes) -> bytes:
     "EXIF as ImageMagick writes it into a PNG: a name, a length, and hexadecimal digits."
     try:
-        text = zlib.decompressobj().decompress(packed, 2 ** 18)
+        text = zlib.decompressobj().decompress(packed, 2**18)
         return bytes.fromhex("".join(text.decode("latin-1").split()[2:]))
-    except (zlib.error, ValueError): return b""
+    except (zlib.error, ValueError):
+        return b""
 
 # %% ../../nbs/maths/06_photographs.ipynb #3d68569d
 def _jpeg(content: bytes) -> tuple[bytes, list[bytes], int]:
     "A JPEG without its notes; the notes; and 0."
     kept, notes, at = [content[:2]], [], 2
-    while content[at:at + 1] == b"\xff" and at + 4 <= len(content):
+    while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
         code, length = struct.unpack_from(">xBH", content, at)
-        if code == 0xff: at += 1; continue
-        if code in (0x01, 0xda) or 0xd0 <= code <= 0xd9: break  # no length follows, or the pixels do
-        segment, at = content[at:at + 2 + length], at + 2 + length
-        if code == 0xfe or 0xe1 <= code <= 0xef and code != 0xee: notes.append(segment[4:])
-        else: kept.append(segment)
+        if code == 0xFF:
+            at += 1
+            continue
+        if code in (0x01, 0xDA) or 0xD0 <= code <= 0xD9:
+            break  # no length follows, or the pixels do
+        segment, at = content[at : at + 2 + length], at + 2 + length
+        if code == 0xFE or 0xE1 <= code <= 0xEF and code != 0xEE:
+            notes.append(segment[4:])
+        else:
+            kept.append(segment)
     return b"".join(kept) + content[at:], notes, 0
 
-PIXELS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 280, 281, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339,
-          340, 341, 347, *range(512, 522), *range(529, 533)}  # entries of a TIFF without which its pixels can't be read
+
+PIXELS = {
+    254,
+    255,
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    277,
+    278,
+    279,
+    280,
+    281,
+    284,
+    292,
+    293,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+    332,
+    336,
+    338,
+    339,
+    340,
+    341,
+    347,
+    *range(512, 522),
+    *range(529, 533),
+}  # entries of a TIFF without which its pixels can't be read
+
 
 def _tiff(content: bytes) -> tuple[bytes, list[bytes], int]:
     "A TIFF without its notes; itself as the note; and the largest value that it says it uses."
     order, at, entries = _entries(content)
-    kept = [struct.pack(f"{order}HHI4s", tag, *entry) for tag, entry in sorted(entries.items()) if tag in PIXELS]
+    kept = [
+        struct.pack(f"{order}HHI4s", tag, *entry)
+        for tag, entry in sorted(entries.items())
+        if tag in PIXELS
+    ]
     table = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
     bits, largest = _number(content, 258), _number(content, 281)
-    return content[:at] + table + content[at + len(table):], [content], largest or (2 ** bits - 1 if 8 < bits < 16 else 0)
+    return (
+        content[:at] + table + content[at + len(table) :],
+        [content],
+        largest or (2**bits - 1 if 8 < bits < 16 else 0),
+    )
+
 
 def _bare(content: bytes) -> tuple[bytes, list[bytes], int]:
     "A picture file without its notes; the notes; and the largest value that it says it uses, 0 if it doesn't."
-    if content.startswith(b"\x89PNG\r\n\x1a\n"): return _png(content)
-    if content.startswith(b"\xff\xd8"): return _jpeg(content)
-    if content[:4] in (b"II*\0", b"MM\0*") and _entries(content)[2]: return _tiff(content)
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png(content)
+    if content.startswith(b"\xff\xd8"):
+        return _jpeg(content)
+    if content[:4] in (b"II*\0", b"MM\0*") and _entries(content)[2]:
+        return _tiff(content)
     return content, [], 0
 
 # %% ../../nbs/maths/06_photographs.ipynb #7756f68a
 class NotAPicture(ValueError):
     "Bytes from which no picture can be made: not-an-image, damaged-image or too-many-pixels; with the pixels where they are known."
-    def __init__(self, kind: str, size: tuple[int, int] | None=None):
+
+    def __init__(self, kind: str, size: tuple[int, int] | None = None):
         super().__init__(kind)
         self.kind, self.size = kind, size
 
+
 def picture(
-    content: bytes,                      # of a file
-    formats: tuple[str, ...] | None=None, # that are let in, all that Pillow knows if not given
-    most: int=Image.MAX_IMAGE_PIXELS,    # pixels
-) -> Image.Image: # the first frame of an animation
+    content: bytes,  # of a file
+    formats: tuple[str, ...]
+    | None = None,  # that are let in, all that Pillow knows if not given
+    most: int = Image.MAX_IMAGE_PIXELS,  # pixels
+) -> Image.Image:  # the first frame of an animation
     "The picture that these bytes are, upright and in RGB; raises `NotAPicture`."
     try:
         bare, notes, largest = _bare(content)
         image = Image.open(BytesIO(bare), formats=formats)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError): raise NotAPicture("too-many-pixels") from None
-    except Exception: raise NotAPicture("not-an-image") from None
-    if image.width * image.height > most: raise NotAPicture("too-many-pixels", image.size)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise NotAPicture("too-many-pixels") from None
+    except Exception:
+        raise NotAPicture("not-an-image") from None
+    if image.width * image.height > most:
+        raise NotAPicture("too-many-pixels", image.size)
     try:
         image.load()
-        if largest: image.info["largest"] = largest
+        if largest:
+            image.info["largest"] = largest
         return _coloured(upright(image, notes))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError): raise NotAPicture("too-many-pixels") from None
-    except Exception: raise NotAPicture("damaged-image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise NotAPicture("too-many-pixels") from None
+    except Exception:
+        raise NotAPicture("damaged-image") from None
 
 # %% ../../nbs/maths/06_photographs.ipynb #bd160cf1
 def read_picture(
     path: str | Path,
 ) -> Image.Image:
     "A picture file, upright and in RGB; raises `InputError`."
-    if why := why_not_read(path): raise InputError(f"{path}: {why}")
+    if why := why_not_read(path):
+        raise InputError(f"{path}: {why}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a reader's remarks do no harm to the picture
-        try: return picture(Path(path).read_bytes())
+        try:
+            return picture(Path(path).read_bytes())
         except NotAPicture as error:
             if error.kind == "too-many-pixels":
-                raise InputError(f"{path}: too many pixels; at most {Image.MAX_IMAGE_PIXELS:,} are read") from None
-            raise InputError(f"{path}: not an image, or a damaged one; JPEG, PNG, GIF, BMP, TIFF and WebP are known") from None
+                raise InputError(
+                    f"{path}: too many pixels; at most {Image.MAX_IMAGE_PIXELS:,} are read"
+                ) from None
+            raise InputError(
+                f"{path}: not an image, or a damaged one; JPEG, PNG, GIF, BMP, TIFF and WebP are known"
+            ) from None
+
 
 def read_photograph(
     path: str | Path,
-    size: int=64,  # edge in pixels
-) -> np.ndarray: # (size, size, 3) uint8
+    size: int = 64,  # edge in pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "A picture file as the network sees it; raises `InputError`."
     return square(read_picture(path), size)
 
 # %% ../../nbs/maths/06_photographs.ipynb #3b605b92
-OTHERS = re.compile(r"\..*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r?|readme(\..*)?", re.IGNORECASE)
+OTHERS = re.compile(
+    r"\..*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r?|readme(\..*)?", re.IGNORECASE
+)
+
 
 def _few(names: list[str]) -> str:
     "Some names, as one would say them."
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
+
 def _files(folder: Path, tell: Callable[[str], None]) -> list[Path]:
     "The picture files of a folder, in the order of their names; tells what is left out."
-    if not folder.is_dir(): raise InputError(f"{folder}: no such folder")
-    try: entries = sorted(folder.iterdir())
-    except OSError: raise InputError(f"{folder}: you may not read this folder") from None
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        raise InputError(f"{folder}: you may not read this folder") from None
     others = [p.name for p in entries if OTHERS.fullmatch(p.name)]
     files = [p for p in entries if p.is_file() and p.name not in others]
     nowhere = [p.name for p in entries if not p.exists() and p.name not in others]
-    below = {p.name: sum(q.is_file() for q in p.rglob("*")) for p in entries if p.is_dir() and p.name not in others}
+    below = {
+        p.name: sum(q.is_file() for q in p.rglob("*"))
+        for p in entries
+        if p.is_dir() and p.name not in others
+    }
     below = {name: count for name, count in below.items() if count}
-    if others: tell(f"{folder}: {len(others)} skipped that are no pictures: {_few(others)}")
-    if nowhere: tell(f"{folder}: {len(nowhere)} left out that are links to files which are not there: {_few(nowhere)}")
-    if below: tell(f"{folder}: {sum(below.values())} files left out that lie in folders below it: {_few(list(below))}; only what lies in the folder itself is packed")
+    if others:
+        tell(f"{folder}: {len(others)} skipped that are no pictures: {_few(others)}")
+    if nowhere:
+        tell(
+            f"{folder}: {len(nowhere)} left out that are links to files which are not there: {_few(nowhere)}"
+        )
+    if below:
+        tell(
+            f"{folder}: {sum(below.values())} files left out that lie in folders below it: {_few(list(below))}; only what lies in the folder itself is packed"
+        )
     return files
 
 # %% ../../nbs/maths/06_photographs.ipynb #ff06a44e
-def _read_folder(folder: str | Path, size: int, tell: Callable[[str], None]) -> dict[bytes, list[tuple[Path, np.ndarray]]]:
+def _read_folder(
+    folder: str | Path, size: int, tell: Callable[[str], None]
+) -> dict[bytes, list[tuple[Path, np.ndarray]]]:
     "All pictures of a folder as files and squares, equal ones together, by their fingerprints."
     files, groups = _files(Path(folder), tell), {}
-    if len(files) < 2: raise InputError(f"{folder}: holds {len(files)} images; it needs at least two, one to train on and one to test")
+    if len(files) < 2:
+        raise InputError(
+            f"{folder}: holds {len(files)} images; it needs at least two, one to train on and one to test"
+        )
     for file in files:
         whole = read_picture(file)
         key = hashlib.sha256(f"{whole.size}".encode() + whole.tobytes()).digest()
         groups.setdefault(key, []).append((file, square(whole, size)))
-    if len(groups) < 2: raise InputError(f"{folder}: holds one image {len(files)} times; it needs at least two that differ, one to train on and one to test")
-    if again := len(files) - len(groups): tell(f"{folder}: {again} images are there twice; all copies of an image are on one side, to train on or to test")
+    if len(groups) < 2:
+        raise InputError(
+            f"{folder}: holds one image {len(files)} times; it needs at least two that differ, one to train on and one to test"
+        )
+    if again := len(files) - len(groups):
+        tell(
+            f"{folder}: {again} images are there twice; all copies of an image are on one side, to train on or to test"
+        )
     return groups
 
 # %% ../../nbs/maths/06_photographs.ipynb #4bbd4689
-def _both(cats: str | Path, others: str | Path, size: int, tell: Callable[[str], None]) -> dict[int, list]:
+def _both(
+    cats: str | Path, others: str | Path, size: int, tell: Callable[[str], None]
+) -> dict[int, list]:
     "The pictures of both classes; equal ones together. Raises `InputError` for a picture in both."
-    if Path(cats).resolve() == Path(others).resolve(): raise InputError(f"{cats}: is given for both classes; each needs a folder of its own")
-    found = {label: _read_folder(folder, size, tell) for label, folder in ((1, cats), (0, others))}
+    if Path(cats).resolve() == Path(others).resolve():
+        raise InputError(f"{cats}: is given for both classes; each needs a folder of its own")
+    found = {
+        label: _read_folder(folder, size, tell) for label, folder in ((1, cats), (0, others))
+    }
     for key in found[1].keys() & found[0].keys():
-        raise InputError(f"{found[1][key][0][0]} and {found[0][key][0][0]} are the same image; it can be of one class only")
+        raise InputError(
+            f"{found[1][key][0][0]} and {found[0][key][0][0]} are the same image; it can be of one class only"
+        )
     return {label: list(groups.values()) for label, groups in found.items()}
 
+
 def pack(
-    cats: str | Path,       # folder of pictures of cats
-    others: str | Path,     # folder of pictures of anything else
-    size: int=64,           # edge in pixels
-    test_fraction: float=.2,
-    seed: int=0,
-    tell: Callable[[str], None]=lambda line: None, # is told what was left out, and why
+    cats: str | Path,  # folder of pictures of cats
+    others: str | Path,  # folder of pictures of anything else
+    size: int = 64,  # edge in pixels
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,  # is told what was left out, and why
 ) -> Datasets:
     "Data sets from two folders of pictures; raises `InputError`."
     parts = {"train": [], "test": []}

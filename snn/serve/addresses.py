@@ -18,30 +18,38 @@ from .problems import Problem
 
 # %% ../../nbs/serve/02_addresses.ipynb #61d30b47
 INTERNET_6 = ipaddress.ip_network("2000::/3")
-NOT_INTERNET = [ipaddress.ip_network(block) for block in (
-    "2001::/23",        # protocols of the internet itself, among them Teredo, which wraps IPv4
-    "2001:db8::/32",    # documentation
-    "2002::/16",        # 6to4, which wraps IPv4
-    "3fff::/20",        # documentation
-    "192.88.99.0/24",   # relays of 6to4
-    "168.63.129.16/32", # a cloud's own service on a public number
-)]
+NOT_INTERNET = [
+    ipaddress.ip_network(block)
+    for block in (
+        "2001::/23",  # protocols of the internet itself, among them Teredo, which wraps IPv4
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4, which wraps IPv4
+        "3fff::/20",  # documentation
+        "192.88.99.0/24",  # relays of 6to4
+        "168.63.129.16/32",  # a cloud's own service on a public number
+    )
+]
+
 
 def is_public(
     address: str,  # a number, IPv4 or IPv6
 ) -> bool:
     "May the service connect to this address?"
-    try: number = ipaddress.ip_address(address)
-    except ValueError: return False
-    if any(number in block for block in NOT_INTERNET): return False
-    if number.version == 6: return number in INTERNET_6
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if any(number in block for block in NOT_INTERNET):
+        return False
+    if number.version == 6:
+        return number in INTERNET_6
     return number.is_global and not number.is_multicast
 
 # %% ../../nbs/serve/02_addresses.ipynb #4c57fb58
 async def resolve(
     host: str,
     port: int,
-) -> list[str]: # numbers, in the order of the system's preference
+) -> list[str]:  # numbers, in the order of the system's preference
     "All addresses of a name."
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(address[0] for *_, address in found))
@@ -49,9 +57,11 @@ async def resolve(
 # %% ../../nbs/serve/02_addresses.ipynb #8a8479e4
 class Network(NamedTuple):
     "What may be reached, and how names become numbers."
-    is_allowed: Callable[[str], bool] = is_public                       # the judge
-    ports: frozenset[int] | None = frozenset({80, 443})                 # None is any
+
+    is_allowed: Callable[[str], bool] = is_public  # the judge
+    ports: frozenset[int] | None = frozenset({80, 443})  # None is any
     resolve: Callable[[str, int], Awaitable[list[str]]] = resolve
+
 
 INTERNET = Network()
 
@@ -59,56 +69,95 @@ INTERNET = Network()
 async def judged(
     host: str,
     port: int,
-    network: Network=INTERNET,
-) -> str: # the number to connect to
+    network: Network = INTERNET,
+) -> str:  # the number to connect to
     "Resolve a name once and judge all of its numbers; raises `Problem`."
-    try: numbers = await network.resolve(host, port)
-    except (OSError, UnicodeError): numbers = []
-    if not numbers: raise Problem("not-fetched", f"no server has the name {host[:100]}; check its spelling")
+    try:
+        numbers = await network.resolve(host, port)
+    except (OSError, UnicodeError):
+        numbers = []
+    if not numbers:
+        raise Problem(
+            "not-fetched", f"no server has the name {host[:100]}; check its spelling"
+        )
     if not all(map(network.is_allowed, numbers)):
-        raise Problem("address-refused", f"{host[:100]} does not lead to the public internet; only public addresses are fetched")
+        raise Problem(
+            "address-refused",
+            f"{host[:100]} does not lead to the public internet; only public addresses are fetched",
+        )
     return numbers[0]
 
 # %% ../../nbs/serve/02_addresses.ipynb #d24710c3
 LONGEST = 2000  # characters of an address
 
+
 class Address(NamedTuple):
     "A web address, taken apart."
+
     scheme: str  # http or https
-    host: str    # in ASCII; a name or a number
+    host: str  # in ASCII; a name or a number
     port: int
     target: str  # path and query, in ASCII
 
 # %% ../../nbs/serve/02_addresses.ipynb #918e8b61
 def _host(name: str) -> str:
     "A name as name servers know it: bücher.example becomes xn--bcher-kva.example."
-    try: return name if ":" in name else name.encode("idna").decode("ascii")
-    except UnicodeError: raise Problem("wrong-request", f"{name[:100]} is not the name of a server") from None
+    try:
+        return name if ":" in name else name.encode("idna").decode("ascii")
+    except UnicodeError:
+        raise Problem("wrong-request", f"{name[:100]} is not the name of a server") from None
+
 
 def _split(text: str):
     "`urlsplit`, with a sentence where it would raise."
-    if len(text) > LONGEST: raise Problem("wrong-request", f"the address has {len(text):,} characters; at most {LONGEST:,} are read")
+    if len(text) > LONGEST:
+        raise Problem(
+            "wrong-request",
+            f"the address has {len(text):,} characters; at most {LONGEST:,} are read",
+        )
     if any(ord(c) < 33 or ord(c) == 127 or 0xD800 <= ord(c) <= 0xDFFF for c in text):
-        raise Problem("wrong-request", "the address holds a space or a control character; write %20 for a space")
-    try: parts = urlsplit(text); parts.port
-    except ValueError: raise Problem("wrong-request", "this is not a web address; one looks like https://example.org/cat.jpg") from None
+        raise Problem(
+            "wrong-request",
+            "the address holds a space or a control character; write %20 for a space",
+        )
+    try:
+        parts = urlsplit(text)
+        parts.port
+    except ValueError:
+        raise Problem(
+            "wrong-request",
+            "this is not a web address; one looks like https://example.org/cat.jpg",
+        ) from None
     return parts
 
 # %% ../../nbs/serve/02_addresses.ipynb #dbc16daa
 DEFAULT_PORT = {"http": 80, "https": 443}
 
+
 def parse(
     text: str,  # as a person typed it, or as a redirect gave it
-    network: Network=INTERNET,
+    network: Network = INTERNET,
 ) -> Address:
     "A web address that may be asked for, by its looks; raises `Problem`."
     parts = _split(text.strip())
     if parts.scheme not in DEFAULT_PORT or not parts.hostname:
-        raise Problem("wrong-request", "this is not a web address; one begins with http:// or https:// and a name")
+        raise Problem(
+            "wrong-request",
+            "this is not a web address; one begins with http:// or https:// and a name",
+        )
     if parts.username is not None or parts.password is not None:
-        raise Problem("address-refused", "the address holds a user name or a password; leave out what stands before the @")
+        raise Problem(
+            "address-refused",
+            "the address holds a user name or a password; leave out what stands before the @",
+        )
     port = parts.port or DEFAULT_PORT[parts.scheme]
     if network.ports is not None and port not in network.ports:
-        raise Problem("address-refused", f"port {port} is not fetched from; only {' and '.join(map(str, sorted(network.ports)))} are")
-    target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe="%/:=&?~+!$,;'@()*[]-._|")
+        raise Problem(
+            "address-refused",
+            f"port {port} is not fetched from; only {' and '.join(map(str, sorted(network.ports)))} are",
+        )
+    target = quote(
+        (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+        safe="%/:=&?~+!$,;'@()*[]-._|",
+    )
     return Address(parts.scheme, _host(parts.hostname), port, target)

@@ -20,39 +20,63 @@ from .pictures import data_url, decode
 # %% ../../nbs/serve/06_answer.ipynb #2515f5bf
 class Layer(BaseModel):
     "What the neurons of one layer gave."
+
     activation: str = Field(description="relu, leaky_relu, tanh or sigmoid")
     values: list[float] = Field(description="one per neuron")
     fired: list[bool] = Field(description="which neurons said yes")
 
+
 class Explanation(BaseModel):
     "Why the network said so."
-    picture: str = Field(description="the square that the network looked at, as a data: address")
-    seen: str = Field(description="the same square, in the few pixels that the network takes in, as a data: address")
-    saliency: str = Field(description="how far each pixel moves the answer, as a data: address; the more opaque, the further")
+
+    picture: str = Field(
+        description="the square that the network looked at, as a data: address"
+    )
+    seen: str = Field(
+        description="the same square, in the few pixels that the network takes in, as a data: address"
+    )
+    saliency: str = Field(
+        description="how far each pixel moves the answer, as a data: address; the more opaque, the further"
+    )
     layers: list[Layer]
 
 # %% ../../nbs/serve/06_answer.ipynb #a255c802
 class Prediction(BaseModel):
     "What the network says about one picture."
+
     model_config = ConfigDict(populate_by_name=True)
-    name: str = Field(description="of the file, the address, or the picture's number in the request")
-    class_: str = Field(alias="class", description="the answer: the name of one of the two classes")
-    probability: float = Field(ge=0, le=1, description="of the second class, cat; from one half on it is the answer")
-    milliseconds: float = Field(ge=0, description="to unpack the picture, bring it to size and ask the network")
+    name: str = Field(
+        description="of the file, the address, or the picture's number in the request"
+    )
+    class_: str = Field(
+        alias="class", description="the answer: the name of one of the two classes"
+    )
+    probability: float = Field(
+        ge=0, le=1, description="of the second class, cat; from one half on it is the answer"
+    )
+    milliseconds: float = Field(
+        ge=0, description="to unpack the picture, bring it to size and ask the network"
+    )
     explanation: Explanation | None = Field(None, description="present if it was asked for")
+
 
 class Predictions(BaseModel):
     "What the network says about the pictures of one request."
-    model: str = Field(description="id of the model that answered: it follows from the weights")
+
+    model: str = Field(
+        description="id of the model that answered: it follows from the weights"
+    )
     milliseconds: float = Field(ge=0, description="for the whole request, downloads included")
-    predictions: list[Prediction] = Field(description="one per picture, in the order of the request")
+    predictions: list[Prediction] = Field(
+        description="one per picture, in the order of the request"
+    )
 
 # %% ../../nbs/serve/06_answer.ipynb #92dbd74f
 def predict(
     served: Served,
-    name: str,           # of the picture
-    content: bytes,      # of the file
-    explain: bool=False, # also say why
+    name: str,  # of the picture
+    content: bytes,  # of the file
+    explain: bool = False,  # also say why
 ) -> Prediction:
     "The network's answer to a picture file; raises `Problem`."
     start = perf_counter()
@@ -60,19 +84,29 @@ def predict(
     seen = square(image, served.model.size)
     probability = float(served.model.probabilities(seen[None])[0])
     milliseconds = round(1000 * (perf_counter() - start), 3)
-    return Prediction(name=name, class_=served.model.classes[probability >= .5], probability=probability, milliseconds=milliseconds,
-                      explanation=explanation(served, image, seen) if explain else None)
+    return Prediction(
+        name=name,
+        class_=served.model.classes[probability >= 0.5],
+        probability=probability,
+        milliseconds=milliseconds,
+        explanation=explanation(served, image, seen) if explain else None,
+    )
 
 # %% ../../nbs/serve/06_answer.ipynb #241a1a89
 VEIL = (255, 214, 10)  # yellow: bright on a picture that the page shows darkened
-EDGE = 480             # pixels of the picture on the page
+EDGE = 480  # pixels of the picture on the page
+
 
 def veil(
     weights: np.ndarray,  # saliency, (size, size)
-) -> np.ndarray: # (size, size, 4) uint8
+) -> np.ndarray:  # (size, size, 4) uint8
     "Saliency as a colour that covers more where more depends on the pixel."
     middle, largest = np.median(weights), weights.max()
-    share = np.clip(weights - middle, 0, None) / (largest - middle) if largest > middle else np.zeros_like(weights)
+    share = (
+        np.clip(weights - middle, 0, None) / (largest - middle)
+        if largest > middle
+        else np.zeros_like(weights)
+    )
     pixels = np.empty((*weights.shape, 4), np.uint8)
     pixels[..., :3], pixels[..., 3] = VEIL, np.rint(255 * np.sqrt(share))
     return pixels
@@ -86,7 +120,13 @@ def explanation(
     "What the page shows beside an answer."
     model = served.model
     names = [model.parameters.activation(l) for l in range(1, model.parameters.layers + 1)]
-    layers = [Layer(activation=name, values=values.tolist(), fired=has_fired(name, values).tolist())
-              for name, values in zip(names, fired(model, seen))]
-    return Explanation(picture=data_url(square(image, EDGE), "JPEG"), seen=data_url(seen),
-                       saliency=data_url(veil(saliency(model, seen))), layers=layers)
+    layers = [
+        Layer(activation=name, values=values.tolist(), fired=has_fired(name, values).tolist())
+        for name, values in zip(names, fired(model, seen))
+    ]
+    return Explanation(
+        picture=data_url(square(image, EDGE), "JPEG"),
+        seen=data_url(seen),
+        saliency=data_url(veil(saliency(model, seen))),
+        layers=layers,
+    )

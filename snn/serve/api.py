@@ -31,8 +31,15 @@ from . import pages
 from .addresses import INTERNET, Network
 from .answer import Prediction, Predictions, predict
 from .fetch import MEBIBYTE, Limits, fetch
-from .guard import (Places, admitting, path_of, problem_response, with_headers, with_heads,
-                            without_traces)
+from snn.serve.guard import (
+    Places,
+    admitting,
+    path_of,
+    problem_response,
+    with_headers,
+    with_heads,
+    without_traces,
+)
 from .meter import CONTENT_TYPE_LATEST, Meter, metered
 from .model import Live, Served
 from .pictures import refuse_bombs
@@ -42,45 +49,65 @@ from .request import Amounts, Asked, Question, pictures_of, shown
 # %% ../../nbs/serve/12_api.ipynb #8d7ec191
 class Settings(NamedTuple):
     "How much the service takes on."
-    amounts: Amounts = Amounts()               # in one request
-    requests: int = 64                         # at a time; more get a 503
-    size: int = 64 * MEBIBYTE                  # of all requests at a time
-    downloads: int = 8                         # at a time; more get a 503
-    seconds: float = 30.                       # for a request to arrive
-    threads: int = os.cpu_count() or 1         # that unpack pictures
-    look: float = 1.                           # seconds between two looks for a new model
+
+    amounts: Amounts = Amounts()  # in one request
+    requests: int = 64  # at a time; more get a 503
+    size: int = 64 * MEBIBYTE  # of all requests at a time
+    downloads: int = 8  # at a time; more get a 503
+    seconds: float = 30.0  # for a request to arrive
+    threads: int = os.cpu_count() or 1  # that unpack pictures
+    look: float = 1.0  # seconds between two looks for a new model
     fetching: Limits = Limits()
     network: Network = INTERNET
 
 # %% ../../nbs/serve/12_api.ipynb #a3323eb1
 class State(BaseModel):
     "Is the service well?"
+
     status: str = Field(description="ok")
     model: str = Field(description="id of the model that answers")
 
+
 class Quality(BaseModel):
     "What the model gets right on the test part of its data."
+
     images: int = Field(description="in the test part")
     accuracy: float = Field(description="share of right answers")
-    interval: tuple[float, float] = Field(description="within which the true accuracy lies, in 95 of 100 such tests (Wilson)")
-    majority_baseline: float = Field(description="accuracy of always giving the more frequent answer")
-    confusion: list[list[int]] = Field(description="true negatives and false positives; false negatives and true positives")
+    interval: tuple[float, float] = Field(
+        description="within which the true accuracy lies, in 95 of 100 such tests (Wilson)"
+    )
+    majority_baseline: float = Field(
+        description="accuracy of always giving the more frequent answer"
+    )
+    confusion: list[list[int]] = Field(
+        description="true negatives and false positives; false negatives and true positives"
+    )
     cost: float = Field(description="cross-entropy")
+
 
 class ModelFacts(BaseModel):
     "What is known about the model."
+
     model: str = Field(description="id; it follows from the weights")
     loaded: datetime = Field(description="when it began to answer here")
     classes: list[str] = Field(description="names of the two answers")
     size: int = Field(description="edge in pixels of the square that it sees")
     parameters: dict = Field(description="its parameters.json")
-    run: str | None = Field(description="name of the training run, if the service was given its run.json")
+    run: str | None = Field(
+        description="name of the training run, if the service was given its run.json"
+    )
     training_cost: float | None = Field(description="at the end of its training, likewise")
-    data_etag: str | None = Field(description="of the data set that it was trained on, likewise")
-    evaluation: Quality | None = Field(description="present if the service was given a data set")
+    data_etag: str | None = Field(
+        description="of the data set that it was trained on, likewise"
+    )
+    evaluation: Quality | None = Field(
+        description="present if the service was given a data set"
+    )
+
 
 class ProblemDetails(BaseModel):
     "A refusal (RFC 9457)."
+
     type: str = Field(description="address of the problem's explanation")
     title: str = Field(description="the same for all problems of the type")
     status: int = Field(description="of HTTP")
@@ -95,63 +122,112 @@ def facts(
     plan = run.get("plan")
     cost, etag = run.get("cost"), plan.get("etag") if isinstance(plan, dict) else None
     return ModelFacts(
-        model=served.id, loaded=served.loaded, classes=list(served.model.classes), size=served.model.size,
+        model=served.id,
+        loaded=served.loaded,
+        classes=list(served.model.classes),
+        size=served.model.size,
         parameters=msgspec.to_builtins(served.model.parameters),
-        run=run["run"] if isinstance(run.get("run"), str) else None, training_cost=cost if isinstance(cost, (int, float)) else None, data_etag=etag if isinstance(etag, str) else None,
-        evaluation=Quality(**msgspec.to_builtins(served.evaluation)) if served.evaluation else None)
+        run=run["run"] if isinstance(run.get("run"), str) else None,
+        training_cost=cost if isinstance(cost, (int, float)) else None,
+        data_etag=etag if isinstance(etag, str) else None,
+        evaluation=Quality(**msgspec.to_builtins(served.evaluation))
+        if served.evaluation
+        else None,
+    )
 
 # %% ../../nbs/serve/12_api.ipynb #77fc5fe3
 class Service:
     "What the paths share."
-    def __init__(self,
+
+    def __init__(
+        self,
         live: Live,
-        settings: Settings=Settings(),
+        settings: Settings = Settings(),
     ):
         self.live, self.settings, self.meter = live, settings, Meter()
         self.threads = CapacityLimiter(settings.threads)
         self.places = Places(settings.requests, settings.size)
-        self.downloads = Places(settings.downloads, settings.downloads * settings.fetching.size)
+        self.downloads = Places(
+            settings.downloads, settings.downloads * settings.fetching.size
+        )
         live.on_failure = self.meter.refused_models.inc
         self.meter.in_flight.set_function(lambda: self.places.taken)
 
     async def _content(self, asked: Asked) -> bytes:
         "The bytes of a picture, fetched if need be."
-        if not asked.url: return asked.content
-        with self.downloads.take(self.settings.fetching.size): return await fetch(asked.url, self.settings.network, self.settings.fetching)
+        if not asked.url:
+            return asked.content
+        with self.downloads.take(self.settings.fetching.size):
+            return await fetch(asked.url, self.settings.network, self.settings.fetching)
 
     async def _answer(self, served: Served, asked: Asked, explain: bool) -> Prediction:
         "The answer to one picture; a problem says which picture it is about."
         try:
             content = await self._content(asked)
-            prediction = await to_thread.run_sync(predict, served, asked.name, content, explain, limiter=self.threads)
-        except Problem as problem: raise problem.about(asked.name) from None
+            prediction = await to_thread.run_sync(
+                predict, served, asked.name, content, explain, limiter=self.threads
+            )
+        except Problem as problem:
+            raise problem.about(asked.name) from None
         self.meter.answers.labels(prediction.class_).inc()
         self.meter.thinking.observe(prediction.milliseconds / 1000)
         return prediction
 
-    async def answers(self,
+    async def answers(
+        self,
         asked: list[Asked],
         explain: bool,
-    ) -> tuple[Served, Predictions]: # the model that answered, and what it said
+    ) -> tuple[Served, Predictions]:  # the model that answered, and what it said
         "The answers to all pictures of a request, one after the other; raises `Problem` for the first that has none."
         start, served = perf_counter(), self.live.current
         predictions = [await self._answer(served, one, explain) for one in asked]
-        return served, Predictions(model=served.id, milliseconds=round(1000 * (perf_counter() - start), 3), predictions=predictions)
+        return served, Predictions(
+            model=served.id,
+            milliseconds=round(1000 * (perf_counter() - start), 3),
+            predictions=predictions,
+        )
 
 # %% ../../nbs/serve/12_api.ipynb #549a1555
-FORM = {"type": "object", "additionalProperties": False, "minProperties": 1, "properties": {
-    "image": {"type": "array", "minItems": 1, "maxItems": 16, "items": {"type": "string", "contentMediaType": "application/octet-stream", "format": "binary"}, "description": "picture files; at most 16 pictures in all"},
-    "url": {"type": "array", "minItems": 1, "maxItems": 4, "items": {"type": "string", "format": "uri"}, "description": "addresses of pictures"}}}
+FORM = {
+    "type": "object",
+    "additionalProperties": False,
+    "minProperties": 1,
+    "properties": {
+        "image": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 16,
+            "items": {
+                "type": "string",
+                "contentMediaType": "application/octet-stream",
+                "format": "binary",
+            },
+            "description": "picture files; at most 16 pictures in all",
+        },
+        "url": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 4,
+            "items": {"type": "string", "format": "uri"},
+            "description": "addresses of pictures",
+        },
+    },
+}
 
 CURL = """curl -F image=@cat.jpg https://HOST/predict
 curl -F image=@cat.jpg -F image=@dog.png 'https://HOST/predict?explain=true'
 curl https://HOST/predict --json '{"images": [{"url": "https://example.org/cat.jpg"}]}'"""
 
-def _refusals(*statuses: int, page: bool=False) -> dict:
+
+def _refusals(*statuses: int, page: bool = False) -> dict:
     "How the documentation describes refusals."
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
-    if page: content["text/html"] = {"schema": {"type": "string"}}
-    titles = {status: ", ".join(kind.title for kind in KINDS.values() if kind.status == status) for status in statuses}
+    if page:
+        content["text/html"] = {"schema": {"type": "string"}}
+    titles = {
+        status: ", ".join(kind.title for kind in KINDS.values() if kind.status == status)
+        for status in statuses
+    }
     return {status: {"description": titles[status], "content": content} for status in statuses}
 
 # %% ../../nbs/serve/12_api.ipynb #59cb0470
@@ -160,51 +236,75 @@ def _schemas(*models: type[BaseModel]) -> dict:
     found = {}
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        found.update(schema.pop("$defs", {})); found[model.__name__] = schema
+        found.update(schema.pop("$defs", {}))
+        found[model.__name__] = schema
     return found
+
 
 def _describe(app: FastAPI) -> None:
     "Put the classes of the body and of the problems into the OpenAPI document."
     plain = app.openapi
+
     def openapi():
         document = plain()
         document["components"]["schemas"].update(_schemas(Question, ProblemDetails))
         return document
+
     app.openapi = openapi
 
 # %% ../../nbs/serve/12_api.ipynb #25f2f474
 def refusal(
     service: Service,
-    scope: dict,       # of the request, as in ASGI
+    scope: dict,  # of the request, as in ASGI
     problem: Problem,
 ) -> Response:
     "A page for a person, JSON for a program."
     service.meter.problems.labels(problem.kind).inc()
     request = Request(scope)
-    if not wants_page(request.headers.get("accept", "")): return problem_response(problem)
+    if not wants_page(request.headers.get("accept", "")):
+        return problem_response(problem)
     path = path_of(scope)
     address = request.query_params.get("image", "") if path == "/image" else ""
-    page = pages.refused(service.live.current, problem, shown(address, 2000),
-                         service.settings.amounts.size, top="../" * (path.count("/") - 1))
+    page = pages.refused(
+        service.live.current,
+        problem,
+        shown(address, 2000),
+        service.settings.amounts.size,
+        top="../" * (path.count("/") - 1),
+    )
     return HTMLResponse(page, problem.status, problem.headers)
+
 
 def _from_validation(error: RequestValidationError) -> Problem:
     "The framework's complaint about a parameter, as a sentence."
     first = error.errors()[0]
     name, given = first["loc"][-1], first.get("input")
-    if first["type"] == "missing": return Problem("wrong-request", f"the parameter {name} is missing")
-    return Problem("wrong-request", f"the parameter {name} holds {shown(str(given))}; {first['msg'][:1].lower()}{first['msg'][1:]}")
+    if first["type"] == "missing":
+        return Problem("wrong-request", f"the parameter {name} is missing")
+    return Problem(
+        "wrong-request",
+        f"the parameter {name} holds {shown(str(given))}; {first['msg'][:1].lower()}{first['msg'][1:]}",
+    )
 
 # %% ../../nbs/serve/12_api.ipynb #af76ba91
 def _add_refusals(app: FastAPI, service: Service) -> None:
     "Give every refusal the same form."
-    async def ours(request, problem): return refusal(service, request.scope, problem)
-    async def gone(request, error): return Response(status_code=499)  # nobody reads it; the meter does
-    async def of_parameters(request, error): return refusal(service, request.scope, _from_validation(error))
+
+    async def ours(request, problem):
+        return refusal(service, request.scope, problem)
+
+    async def gone(request, error):
+        return Response(status_code=499)  # nobody reads it; the meter does
+
+    async def of_parameters(request, error):
+        return refusal(service, request.scope, _from_validation(error))
+
     async def of_framework(request, error):
         response = refusal(service, request.scope, from_status(error.status_code))
-        if error.headers: response.headers.update(error.headers)
+        if error.headers:
+            response.headers.update(error.headers)
         return response
+
     app.add_exception_handler(Problem, ours)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(RequestValidationError, of_parameters)
@@ -216,82 +316,181 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
     limit = service.settings.amounts.size
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def home(): return HTMLResponse(pages.home(service.live.current, limit))
+    async def home():
+        return HTMLResponse(pages.home(service.live.current, limit))
 
-    @app.get("/image", operation_id="image", summary="A page with a picture from the web and the answer.", response_class=HTMLResponse, response_description="The page",
-             responses=_refusals(403, 408, 413, 422, 503, page=True), openapi_extra={"x-example": "https://HOST/image?image=https://example.org/cat.jpg"})
-    async def image(request: Request, image: Annotated[str, Query(description="public address of a picture, http or https", json_schema_extra={"format": "uri"})]):
+    @app.get(
+        "/image",
+        operation_id="image",
+        summary="A page with a picture from the web and the answer.",
+        response_class=HTMLResponse,
+        response_description="The page",
+        responses=_refusals(403, 408, 413, 422, 503, page=True),
+        openapi_extra={"x-example": "https://HOST/image?image=https://example.org/cat.jpg"},
+    )
+    async def image(
+        request: Request,
+        image: Annotated[
+            str,
+            Query(
+                description="public address of a picture, http or https",
+                json_schema_extra={"format": "uri"},
+            ),
+        ],
+    ):
         if not image.strip():
-            raise Problem("wrong-request", "the parameter image is empty; it holds the address of a picture")
+            raise Problem(
+                "wrong-request",
+                "the parameter image is empty; it holds the address of a picture",
+            )
         served, result = await service.answers([Asked(shown(image), url=image)], explain=True)
         return HTMLResponse(pages.answered(served, result, shown(image, 2000), limit))
 
-    @app.post("/predict", operation_id="predict", summary="What the network says about one or more pictures.", response_model=Predictions, response_description="The answers, in the order of the pictures",
-              response_model_exclude_none=True, responses=_refusals(400, 403, 408, 413, 415, 422, 503, page=True),
-              openapi_extra={"x-example": CURL, "requestBody": {"required": True, "content": {
-                  "multipart/form-data": {"schema": FORM}, "application/json": {"schema": {"$ref": "#/components/schemas/Question"}}}}})
-    async def ask(request: Request, explain: Annotated[bool, Query(description="also say why: pixels and neurons")]=False):
+    @app.post(
+        "/predict",
+        operation_id="predict",
+        summary="What the network says about one or more pictures.",
+        response_model=Predictions,
+        response_description="The answers, in the order of the pictures",
+        response_model_exclude_none=True,
+        responses=_refusals(400, 403, 408, 413, 415, 422, 503, page=True),
+        openapi_extra={
+            "x-example": CURL,
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "multipart/form-data": {"schema": FORM},
+                    "application/json": {"schema": {"$ref": "#/components/schemas/Question"}},
+                },
+            },
+        },
+    )
+    async def ask(
+        request: Request,
+        explain: Annotated[
+            bool, Query(description="also say why: pixels and neurons")
+        ] = False,
+    ):
         "Send files as a form, or base64 and addresses as JSON, at most 16 pictures and 4 addresses at once. A browser gets a page."
-        asked, person = await pictures_of(request, service.settings.amounts), wants_page(request.headers.get("accept", ""))
+        asked, person = (
+            await pictures_of(request, service.settings.amounts),
+            wants_page(request.headers.get("accept", "")),
+        )
         served, result = await service.answers(asked, explain or person)
         return HTMLResponse(pages.answered(served, result, limit=limit)) if person else result
 
 # %% ../../nbs/serve/12_api.ipynb #63b27f52
 def _add_state(app: FastAPI, service: Service) -> None:
     "/healthz, /readyz, /model and /metrics."
-    @app.get("/healthz", operation_id="healthy", summary="Does the process live?", response_description="It lives")
-    async def healthy() -> State: return State(status="ok", model=service.live.current.id)
 
-    @app.get("/readyz", operation_id="ready", summary="Can it answer? It asks the model about a grey picture to know.", response_description="It can", responses=_refusals(500))
+    @app.get(
+        "/healthz",
+        operation_id="healthy",
+        summary="Does the process live?",
+        response_description="It lives",
+    )
+    async def healthy() -> State:
+        return State(status="ok", model=service.live.current.id)
+
+    @app.get(
+        "/readyz",
+        operation_id="ready",
+        summary="Can it answer? It asks the model about a grey picture to know.",
+        response_description="It can",
+        responses=_refusals(500),
+    )
     async def ready() -> State:
         served = service.live.current
-        served.model.probabilities(np.full((1, served.model.size, served.model.size, 3), 127, np.uint8))
+        served.model.probabilities(
+            np.full((1, served.model.size, served.model.size, 3), 127, np.uint8)
+        )
         return State(status="ok", model=served.id)
 
-    @app.get("/model", operation_id="model", summary="What is known about the model. A browser gets a page.", response_model=ModelFacts, response_description="What is known")
+    @app.get(
+        "/model",
+        operation_id="model",
+        summary="What is known about the model. A browser gets a page.",
+        response_model=ModelFacts,
+        response_description="What is known",
+    )
     async def model(request: Request):
         served = service.live.current
         known = facts(served)
-        return HTMLResponse(pages.about(served, known.model_dump(mode="json"))) if wants_page(request.headers.get("accept", "")) else known
+        return (
+            HTMLResponse(pages.about(served, known.model_dump(mode="json")))
+            if wants_page(request.headers.get("accept", ""))
+            else known
+        )
 
-    @app.get("/metrics", operation_id="metrics", summary="What the service has counted, for Prometheus.", response_class=Response,
-             responses={200: {"description": "Prometheus text format", "content": {"text/plain": {"schema": {"type": "string"}}}}})
+    @app.get(
+        "/metrics",
+        operation_id="metrics",
+        summary="What the service has counted, for Prometheus.",
+        response_class=Response,
+        responses={
+            200: {
+                "description": "Prometheus text format",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            }
+        },
+    )
     async def metrics():
-        service.meter.model.clear(); service.meter.model.labels(service.live.current.id).set(1)
+        service.meter.model.clear()
+        service.meter.model.labels(service.live.current.id).set(1)
         return Response(service.meter.text(), media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serve/12_api.ipynb #4f3c43dc
 def _add_documents(app: FastAPI) -> None:
     "/docs and the files of the page."
-    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def documentation(): return HTMLResponse(pages.docs(app.openapi()))
 
-    app.mount("/static", StaticFiles(directory=str(files("snn.serve") / "static")), name="static")
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def documentation():
+        return HTMLResponse(pages.docs(app.openapi()))
+
+    app.mount(
+        "/static", StaticFiles(directory=str(files("snn.serve") / "static")), name="static"
+    )
 
 # %% ../../nbs/serve/12_api.ipynb #3666d3b4
 def _lifespan(service: Service):
     "What goes on as long as the service runs: the look for a new model."
+
     @asynccontextmanager
     async def lifespan(app):
         refuse_bombs()
         watching = asyncio.create_task(service.live.watch(service.settings.look))
         yield
         watching.cancel()
+
     return lifespan
 
 # %% ../../nbs/serve/12_api.ipynb #042c8aba
 def create(
     live: Live,
-    settings: Settings=Settings(),
-) -> FastAPI: # the ASGI application
+    settings: Settings = Settings(),
+) -> FastAPI:  # the ASGI application
     "The Prediction API."
     service = Service(live, settings)
-    app = FastAPI(title="Prediction API", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan(service))
+    app = FastAPI(
+        title="Prediction API",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=_lifespan(service),
+    )
     app.state.service = service
-    for add in (_add_pictures, _add_state): add(app, service)
-    _add_documents(app); _add_refusals(app, service); _describe(app)
-    app.add_middleware(admitting, places=service.places, size=settings.amounts.size, seconds=settings.seconds,
-                       answer=lambda scope, problem: refusal(service, scope, problem))
+    for add in (_add_pictures, _add_state):
+        add(app, service)
+    _add_documents(app)
+    _add_refusals(app, service)
+    _describe(app)
+    app.add_middleware(
+        admitting,
+        places=service.places,
+        size=settings.amounts.size,
+        seconds=settings.seconds,
+        answer=lambda scope, problem: refusal(service, scope, problem),
+    )
     app.add_middleware(with_heads)
     app.add_middleware(metered, meter=service.meter)
     app.add_middleware(without_traces)

@@ -16,13 +16,15 @@ from ..maths.model import Model
 
 # %% ../../nbs/serve/07_drawing.ipynb #f9f97764
 WIDTH, HEIGHT, PICTURE = 640, 320, 120  # of the drawing, in its own units; the picture's edge
-SHOWN = 24                              # neurons of a layer that have room; of a wider one, the strongest
+SHOWN = 24  # neurons of a layer that have room; of a wider one, the strongest
+
 
 class Column(NamedTuple):
     "Where the neurons of one layer are drawn."
+
     x: float
     neurons: np.ndarray  # numbers of the neurons that are drawn, in order
-    y: np.ndarray        # of each
+    y: np.ndarray  # of each
     radius: float
 
 # %% ../../nbs/serve/07_drawing.ipynb #ca81a06b
@@ -30,72 +32,94 @@ def _strongest(strength: np.ndarray) -> np.ndarray:
     "Numbers of the strongest neurons, in their order; of all, if they fit."
     return np.sort(np.argsort(-strength, kind="stable")[:SHOWN])
 
+
 def columns(
     strengths: list[np.ndarray],  # per layer, (n,): which to draw if there is no room for all
 ) -> list[Column]:
     "Spread the layers over the width, and the neurons of each over the height."
     first, last, result = PICTURE + 70, WIDTH - 40, []
-    for x, strength in zip(np.linspace(first, last, len(strengths)) if len(strengths) > 1 else [last], strengths):
+    for x, strength in zip(
+        np.linspace(first, last, len(strengths)) if len(strengths) > 1 else [last], strengths
+    ):
         neurons = _strongest(strength)
         gap = min(HEIGHT / len(neurons), 46)
         y = HEIGHT / 2 + gap * (np.arange(len(neurons)) - (len(neurons) - 1) / 2)
-        result.append(Column(float(x), neurons, y, min(.38 * gap, 11)))
+        result.append(Column(float(x), neurons, y, min(0.38 * gap, 11)))
     return result
 
 # %% ../../nbs/serve/07_drawing.ipynb #1c1c7107
-FAINTEST = .06  # lines weaker than this part of the strongest are left out
+FAINTEST = 0.06  # lines weaker than this part of the strongest are left out
+
 
 def _lines(before: Column, after: Column, passed: np.ndarray) -> str:
     "What the neurons of one layer passed on to those of the next, (n, n_prev)."
     passed = passed[np.ix_(after.neurons, before.neurons)]
     largest = np.abs(passed).max()
-    if not largest > 0: return ""
+    if not largest > 0:
+        return ""
     lines = []
     for (j, i), value in np.ndenumerate(passed / largest):
-        if abs(value) < FAINTEST: continue
-        lines.append(f'<line class="{"raises" if value > 0 else "lowers"}" x1="{before.x:.0f}" y1="{before.y[i]:.1f}" '
-                     f'x2="{after.x:.0f}" y2="{after.y[j]:.1f}" stroke-opacity="{abs(value):.2f}"/>')
+        if abs(value) < FAINTEST:
+            continue
+        lines.append(
+            f'<line class="{"raises" if value > 0 else "lowers"}" x1="{before.x:.0f}" y1="{before.y[i]:.1f}" '
+            f'x2="{after.x:.0f}" y2="{after.y[j]:.1f}" stroke-opacity="{abs(value):.2f}"/>'
+        )
     return "".join(lines)
 
 # %% ../../nbs/serve/07_drawing.ipynb #7a4480d7
 def _dots(column: Column, values: np.ndarray, on: np.ndarray) -> str:
     "The neurons of a layer: the stronger, the fuller; a ring if it did not fire."
     largest = np.abs(values[column.neurons]).max() or 1
-    return "".join(f'<circle class="{"fired" if on[n] else "silent"}" cx="{column.x:.0f}" cy="{y:.1f}" r="{column.radius:.1f}"'
-                   + (f' fill-opacity="{max(.25, abs(values[n]) / largest):.2f}"' if on[n] else "") + "/>"
-                   for n, y in zip(column.neurons, column.y))
+    return "".join(
+        f'<circle class="{"fired" if on[n] else "silent"}" cx="{column.x:.0f}" cy="{y:.1f}" r="{column.radius:.1f}"'
+        + (f' fill-opacity="{max(0.25, abs(values[n]) / largest):.2f}"' if on[n] else "")
+        + "/>"
+        for n, y in zip(column.neurons, column.y)
+    )
 
 # %% ../../nbs/serve/07_drawing.ipynb #60293157
 def _input(column: Column, picture: str) -> str:
     "The picture, and its way into the first layer."
     left, middle = 8, HEIGHT / 2
-    rays = "".join(f'<line class="ray" x1="{left + PICTURE}" y1="{middle}" x2="{column.x:.0f}" y2="{y:.1f}"/>' for y in column.y)
+    rays = "".join(
+        f'<line class="ray" x1="{left + PICTURE}" y1="{middle}" x2="{column.x:.0f}" y2="{y:.1f}"/>'
+        for y in column.y
+    )
     frame = f'x="{left}" y="{middle - PICTURE / 2}" width="{PICTURE}" height="{PICTURE}"'
-    return rays + f'<rect class="frame" {frame} rx="6"/>' + (f'<image {frame} href="{escape(picture)}"/>' if picture else "")
+    return (
+        rays
+        + f'<rect class="frame" {frame} rx="6"/>'
+        + (f'<image {frame} href="{escape(picture)}"/>' if picture else "")
+    )
 
 # %% ../../nbs/serve/07_drawing.ipynb #1f83aa23
 def network(
     model: Model,
     layers: list[np.ndarray],  # what each neuron gave, per layer (n,)
-    picture: str="",           # a data: address
-    label: str="",             # what a screen reader says
-) -> str: # SVG
+    picture: str = "",  # a data: address
+    label: str = "",  # what a screen reader says
+) -> str:  # SVG
     "The network with what its neurons gave."
     names = [model.parameters.activation(l) for l in range(1, len(layers) + 1)]
     spread = columns([np.abs(values) for values in layers])
     parts = [_input(spread[0], picture)]
-    for l in range(1, len(layers)): parts.append(_lines(spread[l - 1], spread[l], model.layers[l][0] * layers[l - 1]))
-    for column, name, values in zip(spread, names, layers): parts.append(f'<g class="layer">{_dots(column, values, has_fired(name, values))}</g>')
+    for l in range(1, len(layers)):
+        parts.append(_lines(spread[l - 1], spread[l], model.layers[l][0] * layers[l - 1]))
+    for column, name, values in zip(spread, names, layers):
+        parts.append(f'<g class="layer">{_dots(column, values, has_fired(name, values))}</g>')
     return f'<svg class="network" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 # %% ../../nbs/serve/07_drawing.ipynb #f7ad6994
 def idle(
     model: Model,
-) -> str: # SVG
+) -> str:  # SVG
     "The network before it has seen a picture: its weights, and all neurons silent."
     sizes = model.parameters.sizes
     spread = columns([np.ones(n) for n in sizes])
-    lines = [_lines(spread[l - 1], spread[l], model.layers[l][0]) for l in range(1, len(sizes))]
+    lines = [
+        _lines(spread[l - 1], spread[l], model.layers[l][0]) for l in range(1, len(sizes))
+    ]
     dots = [_dots(column, np.ones(n), np.zeros(n, bool)) for column, n in zip(spread, sizes)]
     label = f"A network with {' + '.join(map(str, sizes))} neurons, waiting for a picture"
     return f'<svg class="network" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{_input(spread[0], "")}{"".join(lines + dots)}</svg>'

@@ -18,42 +18,62 @@ from .addresses import INTERNET, Address, Network, judged, parse
 from .problems import Problem
 
 # %% ../../nbs/serve/03_fetch.ipynb #7d57c0e0
-MEBIBYTE = 2 ** 20
+MEBIBYTE = 2**20
+
 
 class Limits(NamedTuple):
     "How much another server may ask of us."
-    seconds: float = 10.            # for everything together
+
+    seconds: float = 10.0  # for everything together
     redirects: int = 3
-    size: int = 10 * MEBIBYTE       # bytes
+    size: int = 10 * MEBIBYTE  # bytes
 
 # %% ../../nbs/serve/03_fetch.ipynb #0c3e0a53
 class JudgedBackend(httpcore2.AsyncNetworkBackend):
     "Opens connections to judged numbers only."
-    def __init__(self, network: Network): self.network, self.inner = network, httpcore2.AnyIOBackend()
 
-    async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
+    def __init__(self, network: Network):
+        self.network, self.inner = network, httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self, host, port, timeout=None, local_address=None, socket_options=None
+    ):
         "Connect to the number that the judge found behind `host`."
         number = await judged(host, port, self.network)
-        return await self.inner.connect_tcp(number, port, timeout, local_address, socket_options)
+        return await self.inner.connect_tcp(
+            number, port, timeout, local_address, socket_options
+        )
 
 # %% ../../nbs/serve/03_fetch.ipynb #b196b8bc
-HEADERS = {"User-Agent": "snn (fetches one picture that a person asked about)", "Accept": "image/*", "Accept-Encoding": "identity"}
+HEADERS = {
+    "User-Agent": "snn (fetches one picture that a person asked about)",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+}
 REDIRECTS = {301, 302, 303, 307, 308}
+
 
 def _header(response: httpcore2.Response, name: bytes) -> str:
     "The first header of that name, or nothing."
-    return next((value.decode("latin-1") for key, value in response.headers if key.lower() == name), "")
+    return next(
+        (value.decode("latin-1") for key, value in response.headers if key.lower() == name), ""
+    )
 
 # %% ../../nbs/serve/03_fetch.ipynb #1a7b6c44
 async def _body(response: httpcore2.Response, limits: Limits) -> bytes:
     "All bytes of an answer; a `Problem` as soon as there are too many."
-    too_large = Problem("too-large", f"the file has more than {limits.size // MEBIBYTE} MiB; a smaller one would be read")
+    too_large = Problem(
+        "too-large",
+        f"the file has more than {limits.size // MEBIBYTE} MiB; a smaller one would be read",
+    )
     length = _header(response, b"content-length")
-    if length.isdigit() and int(length) > limits.size: raise too_large
+    if length.isdigit() and int(length) > limits.size:
+        raise too_large
     body = bytearray()
     async for chunk in response.aiter_stream():
         body += chunk
-        if len(body) > limits.size: raise too_large
+        if len(body) > limits.size:
+            raise too_large
     return bytes(body)
 
 # %% ../../nbs/serve/03_fetch.ipynb #dcf8a5fe
@@ -62,25 +82,44 @@ def _certificates() -> ssl.SSLContext:
     "Whom to trust; read once."
     return httpcore2.default_ssl_context()
 
+
 def _location(response: httpcore2.Response, text: str) -> str:
     "Where a redirect leads."
     location = _header(response, b"location")
-    if not location: raise Problem("not-fetched", "the other server sent a redirect that leads nowhere")
-    try: return urljoin(text, location)
-    except ValueError: raise Problem("not-fetched", "the other server sent a redirect that leads nowhere") from None
+    if not location:
+        raise Problem("not-fetched", "the other server sent a redirect that leads nowhere")
+    try:
+        return urljoin(text, location)
+    except ValueError:
+        raise Problem(
+            "not-fetched", "the other server sent a redirect that leads nowhere"
+        ) from None
 
 # %% ../../nbs/serve/03_fetch.ipynb #170074f8
-async def _ask(text: str, network: Network, limits: Limits) -> tuple[str, bytes]: # next address or "", body
+async def _ask(
+    text: str, network: Network, limits: Limits
+) -> tuple[str, bytes]:  # next address or "", body
     "Ask one server once."
     address = parse(text, network)
     host = f"[{address.host}]" if ":" in address.host else address.host
-    url = httpcore2.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
+    url = httpcore2.URL(
+        scheme=address.scheme, host=address.host, port=address.port, target=address.target
+    )
     default = address.port == {"http": 80, "https": 443}[address.scheme]
     headers = {"Host": host if default else f"{host}:{address.port}", **HEADERS}
-    async with (httpcore2.AsyncConnectionPool(_certificates(), network_backend=JudgedBackend(network)) as pool,
-                pool.stream("GET", url, headers=headers) as response):
-        if response.status in REDIRECTS: return _location(response, text), b""
-        if response.status != 200: raise Problem("not-fetched", f"{address.host} answered with {response.status}; the picture is not there")
+    async with (
+        httpcore2.AsyncConnectionPool(
+            _certificates(), network_backend=JudgedBackend(network)
+        ) as pool,
+        pool.stream("GET", url, headers=headers) as response,
+    ):
+        if response.status in REDIRECTS:
+            return _location(response, text), b""
+        if response.status != 200:
+            raise Problem(
+                "not-fetched",
+                f"{address.host} answered with {response.status}; the picture is not there",
+            )
         return "", await _body(response, limits)
 
 # %% ../../nbs/serve/03_fetch.ipynb #39bd31c1
@@ -88,20 +127,32 @@ async def _follow(text: str, network: Network, limits: Limits) -> bytes:
     "Ask, and go on where redirects lead."
     for _ in range(limits.redirects + 1):
         text, body = await _ask(text, network, limits)
-        if not text: return body
-    raise Problem("not-fetched", f"the address leads on and on; at most {limits.redirects} redirects are followed")
+        if not text:
+            return body
+    raise Problem(
+        "not-fetched",
+        f"the address leads on and on; at most {limits.redirects} redirects are followed",
+    )
 
 # %% ../../nbs/serve/03_fetch.ipynb #611ffacf
 async def fetch(
-    text: str,                 # the address
-    network: Network=INTERNET,
-    limits: Limits=Limits(),
+    text: str,  # the address
+    network: Network = INTERNET,
+    limits: Limits = Limits(),
 ) -> bytes:
     "The bytes at a public web address; raises `Problem`."
     try:
-        async with asyncio.timeout(limits.seconds): return await _follow(text, network, limits)
+        async with asyncio.timeout(limits.seconds):
+            return await _follow(text, network, limits)
     except (TimeoutError, httpcore2.TimeoutException):
-        raise Problem("not-fetched", f"the other server took longer than {limits.seconds:g} seconds; download the picture and send the file") from None
-    except Problem: raise
+        raise Problem(
+            "not-fetched",
+            f"the other server took longer than {limits.seconds:g} seconds; download the picture and send the file",
+        ) from None
+    except Problem:
+        raise
     except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError, ValueError):
-        raise Problem("not-fetched", "the other server could not be reached, or did not speak HTTP; check the address") from None
+        raise Problem(
+            "not-fetched",
+            "the other server could not be reached, or did not speak HTTP; check the address",
+        ) from None

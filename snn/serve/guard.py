@@ -20,7 +20,7 @@ from .problems import MEDIA_TYPE, Problem, as_json
 # %% ../../nbs/serve/10_guard.ipynb #eea85497
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-                               "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -29,42 +29,59 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 
+
 def with_headers(
     app,  # ASGI application
 ):
     "The application, with security headers on every answer; an answer is not to be cached unless it says otherwise."
+
     async def guarded(scope, receive, send):
         async def send_with_headers(message):
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message["headers"])
-                for name, value in SECURITY_HEADERS.items(): headers[name] = value
+                for name, value in SECURITY_HEADERS.items():
+                    headers[name] = value
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
+
         await app(scope, receive, send_with_headers)
+
     return guarded
 
 # %% ../../nbs/serve/10_guard.ipynb #8656fda2
 log = logging.getLogger("snn.serve")
 
+
 def problem_response(problem: Problem) -> JSONResponse:
     "A refusal for a program."
     return JSONResponse(as_json(problem), problem.status, problem.headers, MEDIA_TYPE)
+
 
 def without_traces(
     app,  # ASGI application
 ):
     "The application; an exception that it did not handle becomes a 500 without a word about its cause."
+
     async def guarded(scope, receive, send):
         started = False
+
         async def watching_send(message):
             nonlocal started
             started = True
             await send(message)
-        try: await app(scope, receive, watching_send)
+
+        try:
+            await app(scope, receive, watching_send)
         except Exception:
             log.exception("Unexpected error at %s %s", scope.get("method"), scope.get("path"))
-            if started: raise
-            await problem_response(Problem("unexpected", "something went wrong here; it has been written to the log"))(scope, receive, send)
+            if started:
+                raise
+            await problem_response(
+                Problem(
+                    "unexpected", "something went wrong here; it has been written to the log"
+                )
+            )(scope, receive, send)
+
     return guarded
 
 # %% ../../nbs/serve/10_guard.ipynb #c0ffee02
@@ -74,23 +91,31 @@ def path_of(
     "The path of a request, without the folder in which a proxy shows the service."
     return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
 
+
 def with_heads(
     app,  # ASGI application
 ):
     "The application; a HEAD is answered as a GET, without the body."
+
     async def guarded(scope, receive, send):
-        if scope["type"] != "http" or scope["method"] != "HEAD": return await app(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await app(scope, receive, send)
         asked = {**scope, "method": "GET"}
+
         async def send_without_body(message):
-            if message["type"] == "http.response.body": message = {**message, "body": b""}
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
-        try: await app(asked, receive, send_without_body)
-        finally: scope["route"] = asked.get("route")  # the meter outside counts by it
+
+        try:
+            await app(asked, receive, send_without_body)
+        finally:
+            scope["route"] = asked.get("route")  # the meter outside counts by it
+
     return guarded
 
-
 # %% ../../nbs/serve/10_guard.ipynb #3c077d0e
-def _announced(scope) -> int | None: # bytes; None if unknown
+def _announced(scope) -> int | None:  # bytes; None if unknown
     "The length of the body, as the request says."
     length = Headers(scope=scope).get("content-length", "")
     return int(length) if length.isascii() and length.isdigit() else None
@@ -98,55 +123,83 @@ def _announced(scope) -> int | None: # bytes; None if unknown
 # %% ../../nbs/serve/10_guard.ipynb #8b2cd8c7
 def limited(
     receive: Callable[[], Awaitable[dict]],
-    size: int,       # bytes
+    size: int,  # bytes
     seconds: float,
-) -> Callable[[], Awaitable[dict]]: # a `receive` that raises `Problem`
+) -> Callable[[], Awaitable[dict]]:  # a `receive` that raises `Problem`
     "A body that may not be larger than `size` nor take longer than `seconds`."
     read, complete, end = 0, False, asyncio.get_running_loop().time() + seconds
+
     async def limited_receive():
         nonlocal read, complete
-        if complete: return await receive()
+        if complete:
+            return await receive()
         try:
-            async with asyncio.timeout_at(end): message = await receive()
-        except TimeoutError: raise Problem("too-slow", f"the request took longer than {seconds:g} seconds to arrive") from None
-        read, complete = read + len(message.get("body", b"")), not message.get("more_body", False)
-        if read > size: raise Problem("too-large", f"the request has more than {size // 2 ** 20} MiB; send less at once, or smaller pictures")
+            async with asyncio.timeout_at(end):
+                message = await receive()
+        except TimeoutError:
+            raise Problem(
+                "too-slow", f"the request took longer than {seconds:g} seconds to arrive"
+            ) from None
+        read, complete = (
+            read + len(message.get("body", b"")),
+            not message.get("more_body", False),
+        )
+        if read > size:
+            raise Problem(
+                "too-large",
+                f"the request has more than {size // 2**20} MiB; send less at once, or smaller pictures",
+            )
         return message
+
     return limited_receive
 
 # %% ../../nbs/serve/10_guard.ipynb #51d2794d
 class Places:
     "So many requests, and so many bytes of them, at a time."
-    def __init__(self, requests: int, size: int): self.requests, self.size, self.taken, self.bytes = requests, size, 0, 0
+
+    def __init__(self, requests: int, size: int):
+        self.requests, self.size, self.taken, self.bytes = requests, size, 0, 0
 
     @contextmanager
-    def take(self,
-        size: int=0,  # bytes
+    def take(
+        self,
+        size: int = 0,  # bytes
     ):
         "Hold a place; raises `Problem` if there is none."
         if self.taken >= self.requests or (self.taken and self.bytes + size > self.size):
             raise Problem("busy", "all places are taken; try again in a moment", retry_after=1)
         self.taken, self.bytes = self.taken + 1, self.bytes + size
-        try: yield
-        finally: self.taken, self.bytes = self.taken - 1, self.bytes - size
+        try:
+            yield
+        finally:
+            self.taken, self.bytes = self.taken - 1, self.bytes - size
 
 # %% ../../nbs/serve/10_guard.ipynb #672a6d8f
 def admitting(
-    app,                                                     # ASGI application
+    app,  # ASGI application
     places: Places,
-    size: int,                                               # bytes of a body
-    seconds: float=30.,                                      # for a body to arrive
-    paths: frozenset[str]=frozenset({"/predict", "/image"}), # that need a place
-    answer: Callable=lambda scope, problem: problem_response(problem),  # how to say no
+    size: int,  # bytes of a body
+    seconds: float = 30.0,  # for a body to arrive
+    paths: frozenset[str] = frozenset({"/predict", "/image"}),  # that need a place
+    answer: Callable = lambda scope, problem: problem_response(problem),  # how to say no
 ):
     "The application; requests for work need a place, and their bodies are limited."
+
     async def guarded(scope, receive, send):
-        if scope["type"] != "http" or path_of(scope) not in paths: return await app(scope, receive, send)
+        if scope["type"] != "http" or path_of(scope) not in paths:
+            return await app(scope, receive, send)
         announced = _announced(scope)
         try:
             if announced is not None and announced > size:
-                raise Problem("too-large", f"the request has {announced / 2 ** 20:,.1f} MiB; at most {size // 2 ** 20} MiB are taken at once")
-            with places.take(size if announced is None and scope["method"] == "POST" else announced or 0):
+                raise Problem(
+                    "too-large",
+                    f"the request has {announced / 2**20:,.1f} MiB; at most {size // 2**20} MiB are taken at once",
+                )
+            with places.take(
+                size if announced is None and scope["method"] == "POST" else announced or 0
+            ):
                 await app(scope, limited(receive, size, seconds), send)
-        except Problem as problem: await answer(scope, problem)(scope, receive, send)
+        except Problem as problem:
+            await answer(scope, problem)(scope, receive, send)
+
     return guarded

@@ -8,25 +8,58 @@ __all__ = ['METHODS', 'Meter', 'metered']
 # %% ../../nbs/serve/11_meter.ipynb #4aaa4408
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 # %% ../../nbs/serve/11_meter.ipynb #c96cdc48
 class Meter:
     "All that is counted, for one service."
+
     def __init__(self):
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry); PlatformCollector(registry=registry)
-        self.requests = Counter("snn_requests", "Answered requests.", ["route", "method", "status"], registry=registry)
-        self.seconds = Histogram("snn_request_seconds", "Duration of requests.", ["route"], registry=registry,
-                                 buckets=(.002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30))
-        self.in_flight = Gauge("snn_requests_in_flight", "Requests that hold a place.", registry=registry)
-        self.answers = Counter("snn_answers", "Pictures by answer.", ["class"], registry=registry)
-        self.thinking = Histogram("snn_answer_seconds", "Time to unpack a picture, bring it to size and ask the network.", registry=registry,
-                                  buckets=(.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2))
-        self.problems = Counter("snn_problems", "Refused requests by kind.", ["kind"], registry=registry)
-        self.model = Gauge("snn_model_info", "1 for the model that answers.", ["model"], registry=registry)
-        self.refused_models = Counter("snn_refused_models", "New model files that could not be used.", registry=registry)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        self.requests = Counter(
+            "snn_requests",
+            "Answered requests.",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "snn_request_seconds",
+            "Duration of requests.",
+            ["route"],
+            registry=registry,
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+        )
+        self.in_flight = Gauge(
+            "snn_requests_in_flight", "Requests that hold a place.", registry=registry
+        )
+        self.answers = Counter(
+            "snn_answers", "Pictures by answer.", ["class"], registry=registry
+        )
+        self.thinking = Histogram(
+            "snn_answer_seconds",
+            "Time to unpack a picture, bring it to size and ask the network.",
+            registry=registry,
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
+        )
+        self.problems = Counter(
+            "snn_problems", "Refused requests by kind.", ["kind"], registry=registry
+        )
+        self.model = Gauge(
+            "snn_model_info", "1 for the model that answers.", ["model"], registry=registry
+        )
+        self.refused_models = Counter(
+            "snn_refused_models", "New model files that could not be used.", registry=registry
+        )
 
     def text(self) -> bytes:
         "Everything, in the form that Prometheus reads."
@@ -35,21 +68,31 @@ class Meter:
 # %% ../../nbs/serve/11_meter.ipynb #a3bbc4ea
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
+
 def metered(
     app,  # ASGI application
     meter: Meter,
 ):
     "The application, with its requests counted and timed."
+
     async def counted(scope, receive, send):
-        if scope["type"] != "http": return await app(scope, receive, send)
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
         start, status = perf_counter(), 500
+
         async def watching_send(message):
             nonlocal status
-            if message["type"] == "http.response.start": status = message["status"]
+            if message["type"] == "http.response.start":
+                status = message["status"]
             await send(message)
-        try: await app(scope, receive, watching_send)
+
+        try:
+            await app(scope, receive, watching_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            meter.requests.labels(route, scope["method"] if scope["method"] in METHODS else "other", status).inc()
+            meter.requests.labels(
+                route, scope["method"] if scope["method"] in METHODS else "other", status
+            ).inc()
             meter.seconds.labels(route).observe(perf_counter() - start)
+
     return counted

@@ -25,36 +25,44 @@ from ..maths.parameters import InputError
 # %% ../../nbs/serve/05_model.ipynb #6ade3fe7
 def model_id(
     model: Model,
-) -> str: # 12 hexadecimal digits
+) -> str:  # 12 hexadecimal digits
     "A name that follows from all that an answer depends on: weights, activation functions, classes and size."
     names = [model.parameters.activation(l) for l in range(1, model.parameters.layers + 1)]
     digest = hashlib.sha256(msgspec.json.encode([names, model.classes, model.size]))
     for W, b, *_ in model.layers:
-        for array in (W, b): digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
+        for array in (W, b):
+            digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/serve/05_model.ipynb #0327cae4
 class Sources(NamedTuple):
     "Files that a service reads."
-    model: Path              # params.h5
-    data: Path | None=None   # datasets.h5, whose test part tells how good the model is
-    run: Path | None=None    # run.json of the training
+
+    model: Path  # params.h5
+    data: Path | None = None  # datasets.h5, whose test part tells how good the model is
+    run: Path | None = None  # run.json of the training
+
 
 class Served(NamedTuple):
     "A model as it is served."
+
     model: Model
     id: str
     loaded: datetime
     evaluation: Evaluation | None  # on the test part of the data
-    run: dict | None               # what run.json says
+    run: dict | None  # what run.json says
 
 # %% ../../nbs/serve/05_model.ipynb #ca6c1e13
 def _run(path: Path) -> dict:
     "What a run.json says; raises `InputError`."
-    if not path.is_file(): raise InputError(f"{path}: no such file")
-    try: run = json.loads(path.read_bytes())
-    except ValueError: raise InputError(f"{path}: not valid JSON") from None
-    if not isinstance(run, dict): raise InputError(f"{path}: holds {type(run).__name__}; it must be an object with keys")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        run = json.loads(path.read_bytes())
+    except ValueError:
+        raise InputError(f"{path}: not valid JSON") from None
+    if not isinstance(run, dict):
+        raise InputError(f"{path}: holds {type(run).__name__}; it must be an object with keys")
     return run
 
 # %% ../../nbs/serve/05_model.ipynb #eeaa4aa6
@@ -72,38 +80,49 @@ def load(
 # %% ../../nbs/serve/05_model.ipynb #723276e1
 log = logging.getLogger("snn.serve")
 
+
 def _stamp(path: Path) -> tuple | None:
     "What changes when a file is replaced; nothing if there is none."
-    try: status = path.stat()
-    except OSError: return None
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 # %% ../../nbs/serve/05_model.ipynb #f59270e8
 class Live:
     "Holds the model that answers, and replaces it when its file changes."
-    def __init__(self,
+
+    def __init__(
+        self,
         sources: Sources,
-        on_failure: Callable[[], None]=lambda: None,  # called when a new file could not be used
+        on_failure: Callable[[], None] = lambda: (
+            None
+        ),  # called when a new file could not be used
     ):
         self.sources, self.on_failure = sources, on_failure
         self._seen = _stamp(sources.model)
         self.current = load(sources)
 
-    def refresh(self) -> bool: # is it another model?
+    def refresh(self) -> bool:  # is it another model?
         "Take over the file's model if the file has changed and is good."
         stamp = _stamp(self.sources.model)
-        if stamp == self._seen: return False
+        if stamp == self._seen:
+            return False
         self._seen = stamp
-        try: new = load(self.sources)
+        try:
+            new = load(self.sources)
         except InputError as error:
-            log.error("The new model was refused, the old one goes on: %s", error); self.on_failure()
+            log.error("The new model was refused, the old one goes on: %s", error)
+            self.on_failure()
             return False
         self.current = new
         log.info("Model %s answers from now on", new.id)
         return True
 
-    async def watch(self,
-        seconds: float=1.,  # between two looks
+    async def watch(
+        self,
+        seconds: float = 1.0,  # between two looks
     ) -> None:
         "Look for a new model, for as long as the service runs."
         while True:

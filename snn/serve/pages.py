@@ -33,22 +33,26 @@ def percent(
     probability: float,
 ) -> str:
     "93.1 %; never 0 or 100."
-    if probability > .999: return "over 99.9 %"
-    if probability < .001: return "under 0.1 %"
+    if probability > 0.999:
+        return "over 99.9 %"
+    if probability < 0.001:
+        return "under 0.1 %"
     return f"{100 * probability:.1f} %"
 
 # %% ../../nbs/serve/08_pages.ipynb #65a7eb85
 def bar(
     served: Served,
     probability: float,  # of the second class
-) -> str: # HTML
+) -> str:  # HTML
     "A bar from the one class to the other."
     no, yes = map(escape, served.model.classes)
     x = 100 * probability
-    return (f'<div class="bar"><svg role="img" aria-label="Probability of {yes}: {percent(probability)}" viewBox="0 0 100 6" preserveAspectRatio="none">'
-            f'<rect class="track" width="100" height="6"/><rect class="{"yes" if probability >= .5 else "no"}" x="{min(x, 50):.2f}" width="{abs(x - 50):.2f}" height="6"/>'
-            f'<rect class="middle" x="49.8" width=".4" height="6"/></svg>'
-            f'<p class="ends" aria-hidden="true"><span>{no}</span><span>undecided</span><span>{yes}</span></p></div>')
+    return (
+        f'<div class="bar"><svg role="img" aria-label="Probability of {yes}: {percent(probability)}" viewBox="0 0 100 6" preserveAspectRatio="none">'
+        f'<rect class="track" width="100" height="6"/><rect class="{"yes" if probability >= 0.5 else "no"}" x="{min(x, 50):.2f}" width="{abs(x - 50):.2f}" height="6"/>'
+        f'<rect class="middle" x="49.8" width=".4" height="6"/></svg>'
+        f'<p class="ends" aria-hidden="true"><span>{no}</span><span>undecided</span><span>{yes}</span></p></div>'
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #11a4cd48
 def layer_in_words(
@@ -57,19 +61,28 @@ def layer_in_words(
 ) -> str:
     "What a layer did, as a sentence."
     n, on = len(layer.values), sum(layer.fired)
-    if n == 1: return f"Layer {number} ({layer.activation}): its one neuron gave {layer.values[0]:.3g}."
-    if not on: return f"Layer {number} ({layer.activation}): none of {n} neurons fired."
+    if n == 1:
+        return (
+            f"Layer {number} ({layer.activation}): its one neuron gave {layer.values[0]:.3g}."
+        )
+    if not on:
+        return f"Layer {number} ({layer.activation}): none of {n} neurons fired."
     return f"Layer {number} ({layer.activation}): {on} of {n} neurons fired, number {int(np.argmax(layer.values)) + 1} the strongest."
 
 # %% ../../nbs/serve/08_pages.ipynb #e7366468
 LISTED = 256  # neurons of a layer that the table has room for
 
+
 def _table(layers: list[Layer]) -> str:
     "All activations."
-    rows = "".join(f'<tr><td>{l}</td><td>{n}</td><td>{value:.4g}</td><td>{"yes" if on else "no"}</td></tr>'
-                   for l, layer in enumerate(layers, start=1)
-                   for n, (value, on) in enumerate(list(zip(layer.values, layer.fired))[:LISTED], start=1))
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("Layer", "Neuron", "Activation", "Fired"))
+    rows = "".join(
+        f"<tr><td>{l}</td><td>{n}</td><td>{value:.4g}</td><td>{'yes' if on else 'no'}</td></tr>"
+        for l, layer in enumerate(layers, start=1)
+        for n, (value, on) in enumerate(list(zip(layer.values, layer.fired))[:LISTED], start=1)
+    )
+    head = "".join(
+        f'<th scope="col">{title}</th>' for title in ("Layer", "Neuron", "Activation", "Fired")
+    )
     return f'<div class="scroll" tabindex="0" role="region" aria-label="All activations"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 # %% ../../nbs/serve/08_pages.ipynb #4c84c5d5
@@ -77,109 +90,186 @@ def _why(served: Served, prediction: Prediction) -> str:
     "Which pixels and which neurons."
     why, size = prediction.explanation, served.model.size
     words = [layer_in_words(l, layer) for l, layer in enumerate(why.layers, start=1)]
-    drawing = network(served.model, [np.array(layer.values) for layer in why.layers], why.seen, " ".join(words))
-    return template("why.html").substitute(picture=why.picture, seen=why.seen, veil=why.saliency, size=size, drawing=drawing,
-        words="".join(f"<li>{escape(word)}</li>" for word in words), table=_table(why.layers))
+    drawing = network(
+        served.model,
+        [np.array(layer.values) for layer in why.layers],
+        why.seen,
+        " ".join(words),
+    )
+    return template("why.html").substitute(
+        picture=why.picture,
+        seen=why.seen,
+        veil=why.saliency,
+        size=size,
+        drawing=drawing,
+        words="".join(f"<li>{escape(word)}</li>" for word in words),
+        table=_table(why.layers),
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #850a2542
 def card(
     served: Served,
     prediction: Prediction,  # with its explanation
-) -> str: # HTML
+) -> str:  # HTML
     "One picture and its answer."
     sure = max(prediction.probability, 1 - prediction.probability)
     return template("card.html").substitute(
-        name=escape(prediction.name), answer=escape(prediction.class_), sure=percent(sure), side="yes" if prediction.probability >= .5 else "no",
-        bar=bar(served, prediction.probability), milliseconds=f"{prediction.milliseconds:.0f}", why=_why(served, prediction))
+        name=escape(prediction.name),
+        answer=escape(prediction.class_),
+        sure=percent(sure),
+        side="yes" if prediction.probability >= 0.5 else "no",
+        bar=bar(served, prediction.probability),
+        milliseconds=f"{prediction.milliseconds:.0f}",
+        why=_why(served, prediction),
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #389025f9
 def quality(served: Served) -> str:
     "How good the model is, in a sentence."
     found = served.evaluation
-    if not found: return ""
+    if not found:
+        return ""
     low, high = found.interval
-    return (f"It got {found.accuracy:.0%} of {found.images} test pictures right; on others it would be between {low:.0%} and {high:.0%}. "
-            f"Always giving the same answer gets {found.majority_baseline:.0%}.")
+    return (
+        f"It got {found.accuracy:.0%} of {found.images} test pictures right; on others it would be between {low:.0%} and {high:.0%}. "
+        f"Always giving the same answer gets {found.majority_baseline:.0%}."
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #8c11fd9c
 def page(
     served: Served,
-    answer: str,         # HTML of the answer half
-    title: str="",       # begins the title of the window
-    address: str="",     # to fill in again
-    limit: int=10 * MEBIBYTE,  # bytes of a request
-    top: str="",         # leads from the page's folder to that of the service, such as ../
-) -> str: # HTML
+    answer: str,  # HTML of the answer half
+    title: str = "",  # begins the title of the window
+    address: str = "",  # to fill in again
+    limit: int = 10 * MEBIBYTE,  # bytes of a request
+    top: str = "",  # leads from the page's folder to that of the service, such as ../
+) -> str:  # HTML
     "The page with an answer."
     no, yes = map(escape, served.model.classes)
     question = f"{yes.capitalize()} or {no}?"
     return template("page.html").substitute(
-        top=top, title=f"{escape(title)} · {question}" if title else question, question=question, answer=answer, address=escape(address),
-        limit=limit, mebibytes=limit // MEBIBYTE, megapixels=MEGAPIXELS, size=served.model.size, neurons=sum(served.model.parameters.sizes),
-        layers=served.model.parameters.layers, model=served.id, quality=quality(served))
+        top=top,
+        title=f"{escape(title)} · {question}" if title else question,
+        question=question,
+        answer=answer,
+        address=escape(address),
+        limit=limit,
+        mebibytes=limit // MEBIBYTE,
+        megapixels=MEGAPIXELS,
+        size=served.model.size,
+        neurons=sum(served.model.parameters.sizes),
+        layers=served.model.parameters.layers,
+        model=served.id,
+        quality=quality(served),
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #aa46ab3c
 def home(
     served: Served,
-    limit: int=10 * MEBIBYTE,
-) -> str: # HTML
+    limit: int = 10 * MEBIBYTE,
+) -> str:  # HTML
     "The page before anything was asked."
     sizes = served.model.parameters.sizes
-    return page(served, template("idle.html").substitute(drawing=idle(served.model), sizes=" + ".join(map(str, sizes))), limit=limit)
+    return page(
+        served,
+        template("idle.html").substitute(
+            drawing=idle(served.model), sizes=" + ".join(map(str, sizes))
+        ),
+        limit=limit,
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #7e45f3f1
 def answered(
     served: Served,
     result: Predictions,  # with explanations
-    address: str="",
-    limit: int=10 * MEBIBYTE,
-) -> str: # HTML
+    address: str = "",
+    limit: int = 10 * MEBIBYTE,
+) -> str:  # HTML
     "The page with the answer to one or more pictures."
     first = result.predictions[0]
-    title = f"{first.class_}, {percent(max(first.probability, 1 - first.probability))}" if len(result.predictions) == 1 else f"{len(result.predictions)} answers"
-    return page(served, "".join(card(served, prediction) for prediction in result.predictions), title, address, limit)
+    title = (
+        f"{first.class_}, {percent(max(first.probability, 1 - first.probability))}"
+        if len(result.predictions) == 1
+        else f"{len(result.predictions)} answers"
+    )
+    return page(
+        served,
+        "".join(card(served, prediction) for prediction in result.predictions),
+        title,
+        address,
+        limit,
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #cdf65307
 def refused(
     served: Served,
     problem: Problem,
-    address: str="",
-    limit: int=10 * MEBIBYTE,
-    top: str="",  # as in `page`
-) -> str: # HTML
+    address: str = "",
+    limit: int = 10 * MEBIBYTE,
+    top: str = "",  # as in `page`
+) -> str:  # HTML
     "The page with a refusal."
     kind = KINDS[problem.kind]
     detail = problem.detail[:1].upper() + problem.detail[1:].rstrip(".") + "."
-    answer = template("problem.html").substitute(title=escape(kind.title), name=escape(problem.name), detail=escape(detail), meaning=escape(kind.meaning), kind=problem.kind, top=top)
+    answer = template("problem.html").substitute(
+        title=escape(kind.title),
+        name=escape(problem.name),
+        detail=escape(detail),
+        meaning=escape(kind.meaning),
+        kind=problem.kind,
+        top=top,
+    )
     return page(served, answer, kind.title, address, limit, top)
 
 # %% ../../nbs/serve/08_pages.ipynb #0402cbed
 def _confusion(served: Served) -> str:
     "What it said about what, as a table."
     found = served.evaluation
-    if not found: return "<p>Nobody has told the service how good it is: it was started without a data set.</p>"
+    if not found:
+        return "<p>Nobody has told the service how good it is: it was started without a data set.</p>"
     no, yes = map(escape, served.model.classes)
     (tn, fp), (fn, tp) = found.confusion
-    return template("confusion.html").substitute(quality=quality(served), no=no, yes=yes, tn=tn, fp=fp, fn=fn, tp=tp)
+    return template("confusion.html").substitute(
+        quality=quality(served), no=no, yes=yes, tn=tn, fp=fp, fn=fn, tp=tp
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #a4164735
 def about(
     served: Served,
     facts: dict,  # as in JSON
-) -> str: # HTML
+) -> str:  # HTML
     "The page about the model."
-    known = {"Id": served.id, "Answers here since": f"{served.loaded:%Y-%m-%d %H:%M} UTC", "Training run": facts["run"],
-             "Cost at the end of training": facts["training_cost"], "ETag of its data": facts["data_etag"]}
-    rows = "".join(f'<tr><th scope="row">{title}</th><td>{escape(str(value))}</td></tr>' for title, value in known.items() if value is not None)
-    return template("model.html").substitute(rows=rows, drawing=idle(served.model), sizes=" + ".join(map(str, served.model.parameters.sizes)),
-        size=served.model.size, inputs=f"{served.model.size ** 2 * 3:,}", confusion=_confusion(served), parameters=escape(json.dumps(facts["parameters"], indent=2)))
+    known = {
+        "Id": served.id,
+        "Answers here since": f"{served.loaded:%Y-%m-%d %H:%M} UTC",
+        "Training run": facts["run"],
+        "Cost at the end of training": facts["training_cost"],
+        "ETag of its data": facts["data_etag"],
+    }
+    rows = "".join(
+        f'<tr><th scope="row">{title}</th><td>{escape(str(value))}</td></tr>'
+        for title, value in known.items()
+        if value is not None
+    )
+    return template("model.html").substitute(
+        rows=rows,
+        drawing=idle(served.model),
+        sizes=" + ".join(map(str, served.model.parameters.sizes)),
+        size=served.model.size,
+        inputs=f"{served.model.size**2 * 3:,}",
+        confusion=_confusion(served),
+        parameters=escape(json.dumps(facts["parameters"], indent=2)),
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #93ae81a3
 def _parameter(parameter: dict) -> str:
     schema = parameter.get("schema", {})
     default = f", {json.dumps(schema['default'])} if not given" if "default" in schema else ""
-    return (f'<tr><th scope="row"><code>{escape(parameter["name"])}</code></th>'
-            f'<td>{escape(parameter.get("description", ""))}{escape(default)}</td></tr>')
+    return (
+        f'<tr><th scope="row"><code>{escape(parameter["name"])}</code></th>'
+        f"<td>{escape(parameter.get('description', ''))}{escape(default)}</td></tr>"
+    )
+
 
 def _response(status: str, response: dict) -> str:
     types = ", ".join(f"<code>{escape(name)}</code>" for name in response.get("content", {}))
@@ -189,31 +279,60 @@ def _response(status: str, response: dict) -> str:
 def _operation(path: str, method: str, operation: dict) -> str:
     "One method of one path."
     parameters = "".join(map(_parameter, operation.get("parameters", [])))
-    responses = "".join(_response(status, response) for status, response in operation["responses"].items())
+    responses = "".join(
+        _response(status, response) for status, response in operation["responses"].items()
+    )
     example = operation.get("x-example", "")
-    return template("operation.html").substitute(method=method.upper(), path=escape(path), id=operation["operationId"],
-        summary=escape(operation.get("summary", "")), description=escape(operation.get("description", "")),
+    return template("operation.html").substitute(
+        method=method.upper(),
+        path=escape(path),
+        id=operation["operationId"],
+        summary=escape(operation.get("summary", "")),
+        description=escape(operation.get("description", "")),
         example=f'<pre tabindex="0"><code>{escape(example)}</code></pre>' if example else "",
-        parameters=f"<h3>It takes</h3><table>{parameters}</table>" if parameters else "", responses=responses)
+        parameters=f"<h3>It takes</h3><table>{parameters}</table>" if parameters else "",
+        responses=responses,
+    )
 
 # %% ../../nbs/serve/08_pages.ipynb #11a21d7c
 def _fields(name: str, schema: dict) -> str:
     "The fields of one object of the answers."
-    rows = "".join(f'<tr><th scope="row"><code>{escape(field)}</code></th><td>{escape(about.get("description", ""))}</td></tr>'
-                   for field, about in schema["properties"].items())
-    return f'<h3><code>{escape(name)}</code></h3><p>{escape(schema.get("description", ""))}</p><table>{rows}</table>'
+    rows = "".join(
+        f'<tr><th scope="row"><code>{escape(field)}</code></th><td>{escape(about.get("description", ""))}</td></tr>'
+        for field, about in schema["properties"].items()
+    )
+    return f"<h3><code>{escape(name)}</code></h3><p>{escape(schema.get('description', ''))}</p><table>{rows}</table>"
 
 # %% ../../nbs/serve/08_pages.ipynb #40a02a5c
-SHOWN_SCHEMAS = ("Predictions", "Prediction", "Explanation", "Layer", "ModelFacts", "ProblemDetails")
+SHOWN_SCHEMAS = (
+    "Predictions",
+    "Prediction",
+    "Explanation",
+    "Layer",
+    "ModelFacts",
+    "ProblemDetails",
+)
+
 
 def docs(
     openapi: dict,  # the OpenAPI document
-) -> str: # HTML
+) -> str:  # HTML
     "The documentation of the service, with all its problems."
-    operations = "".join(_operation(path, method, operation) for path, methods in openapi["paths"].items() for method, operation in methods.items())
+    operations = "".join(
+        _operation(path, method, operation)
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    )
     schemas = openapi.get("components", {}).get("schemas", {})
     fields = "".join(_fields(name, schemas[name]) for name in SHOWN_SCHEMAS if name in schemas)
-    problems = "".join(f'<tr id="{name}"><th scope="row">{kind.status}</th><td><strong>{escape(kind.title)}</strong><br><code>{name}</code></td><td>{escape(kind.meaning)}</td></tr>'
-                       for name, kind in KINDS.items())
-    return template("docs.html").substitute(title=escape(openapi["info"]["title"]), version=escape(openapi["info"]["version"]),
-                                            operations=operations, fields=fields, problems=problems)
+    problems = "".join(
+        f'<tr id="{name}"><th scope="row">{kind.status}</th><td><strong>{escape(kind.title)}</strong><br><code>{name}</code></td><td>{escape(kind.meaning)}</td></tr>'
+        for name, kind in KINDS.items()
+    )
+    return template("docs.html").substitute(
+        title=escape(openapi["info"]["title"]),
+        version=escape(openapi["info"]["version"]),
+        operations=operations,
+        fields=fields,
+        problems=problems,
+    )

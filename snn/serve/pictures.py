@@ -25,21 +25,35 @@ MEGAPIXELS = 16
 def _problem(wrong: NotAPicture) -> Problem:
     "Why there is no picture, for the one who sent it."
     if wrong.kind == "not-an-image":
-        return Problem(wrong.kind, f"this is not an image, or its beginning is damaged; {KNOWN}")
+        return Problem(
+            wrong.kind, f"this is not an image, or its beginning is damaged; {KNOWN}"
+        )
     if wrong.kind == "damaged-image":
-        return Problem(wrong.kind, "the picture breaks off or is damaged; save or download it again")
-    if not wrong.size: return Problem(wrong.kind, f"the picture is enormous; at most {MEGAPIXELS} million pixels are read")
+        return Problem(
+            wrong.kind, "the picture breaks off or is damaged; save or download it again"
+        )
+    if not wrong.size:
+        return Problem(
+            wrong.kind,
+            f"the picture is enormous; at most {MEGAPIXELS} million pixels are read",
+        )
     width, height = wrong.size
-    return Problem(wrong.kind, f"the picture has {width:,} by {height:,} pixels; at most {MEGAPIXELS} million in all are read")
+    return Problem(
+        wrong.kind,
+        f"the picture has {width:,} by {height:,} pixels; at most {MEGAPIXELS} million in all are read",
+    )
 
 # %% ../../nbs/serve/04_pictures.ipynb #425dd396
 def decode(
     content: bytes,
-) -> Image.Image: # upright and in RGB; the first frame of an animation
+) -> Image.Image:  # upright and in RGB; the first frame of an animation
     "The picture that these bytes are, through the door that training uses; raises `Problem`."
-    if not content: raise Problem("not-an-image", f"the file is empty; {KNOWN}")
-    try: return picture(content, FORMATS, MEGAPIXELS * 10 ** 6)
-    except NotAPicture as wrong: raise _problem(wrong) from None
+    if not content:
+        raise Problem("not-an-image", f"the file is empty; {KNOWN}")
+    try:
+        return picture(content, FORMATS, MEGAPIXELS * 10**6)
+    except NotAPicture as wrong:
+        raise _problem(wrong) from None
 
 # %% ../../nbs/serve/04_pictures.ipynb #4f4a2977
 def refuse_bombs() -> None:
@@ -49,7 +63,7 @@ def refuse_bombs() -> None:
 # %% ../../nbs/serve/04_pictures.ipynb #2d8299f6
 def data_url(
     pixels: np.ndarray,  # (height, width, 3 or 4) uint8
-    format: str="PNG",   # or JPEG, much smaller for photographs
+    format: str = "PNG",  # or JPEG, much smaller for photographs
 ) -> str:
     "Pixels as an address that holds the whole picture."
     file = BytesIO()
@@ -61,5 +75,10 @@ def from_base64(
     text: str,
 ) -> bytes:
     "The bytes that a text in base64 stands for; raises `Problem`."
-    try: return base64.b64decode(text, validate=True)
-    except ValueError: raise Problem("wrong-request", "the field base64 does not hold base64; it is made of A-Z, a-z, 0-9, + and /, filled up with = to a multiple of four") from None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise Problem(
+            "wrong-request",
+            "the field base64 does not hold base64; it is made of A-Z, a-z, 0-9, + and /, filled up with = to a multiple of four",
+        ) from None

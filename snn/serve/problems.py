@@ -14,48 +14,102 @@ from ..maths.parameters import InputError
 # %% ../../nbs/serve/01_problems.ipynb #b5eebc58
 class Kind(NamedTuple):
     "One way in which a request can be refused."
-    status: int   # of HTTP
-    title: str    # the same for all of its kind
+
+    status: int  # of HTTP
+    title: str  # the same for all of its kind
     meaning: str  # what to do about it
 
+
 KINDS = {
-    "unreadable-request": Kind(400, "Unreadable request", "The body is not what its Content-Type says: JSON that does not parse, or a form without its boundary."),
-    "address-refused": Kind(403, "Address refused", "Only public web addresses are fetched: http or https, on the usual port, and never one that leads into a private network."),
-    "not-found": Kind(404, "Not found", "There is nothing at this path; /docs lists what there is."),
-    "wrong-method": Kind(405, "Wrong method", "The path is right, the method is not; the header Allow names those that are."),
-    "too-slow": Kind(408, "Too slow", "The request did not arrive in time. Send it again, or a smaller picture."),
-    "too-large": Kind(413, "Too large", "The request or the picture has more bytes than are taken. Send a smaller file."),
-    "too-many-pixels": Kind(413, "Too many pixels", "The picture unpacks to more pixels than are read. Scale it down: the network looks at very few of them anyway."),
-    "unknown-content-type": Kind(415, "Unknown content type", "A request is multipart/form-data or application/json."),
-    "wrong-request": Kind(422, "Wrong request", "A field is missing, unknown, or holds something that it may not hold."),
-    "not-an-image": Kind(422, "Not an image", "The bytes are no picture of a known format, whatever the file's name says."),
-    "damaged-image": Kind(422, "Damaged image", "It starts as a picture, but does not go on as one."),
-    "not-fetched": Kind(422, "Not fetched", "The other server could not be reached, was too slow, or sent no file."),
-    "unexpected": Kind(500, "Unexpected error", "A mistake of ours. It has been written to the log."),
-    "busy": Kind(503, "Busy", "All places are taken. The header Retry-After says in how many seconds to try again."),
+    "unreadable-request": Kind(
+        400,
+        "Unreadable request",
+        "The body is not what its Content-Type says: JSON that does not parse, or a form without its boundary.",
+    ),
+    "address-refused": Kind(
+        403,
+        "Address refused",
+        "Only public web addresses are fetched: http or https, on the usual port, and never one that leads into a private network.",
+    ),
+    "not-found": Kind(
+        404, "Not found", "There is nothing at this path; /docs lists what there is."
+    ),
+    "wrong-method": Kind(
+        405,
+        "Wrong method",
+        "The path is right, the method is not; the header Allow names those that are.",
+    ),
+    "too-slow": Kind(
+        408,
+        "Too slow",
+        "The request did not arrive in time. Send it again, or a smaller picture.",
+    ),
+    "too-large": Kind(
+        413,
+        "Too large",
+        "The request or the picture has more bytes than are taken. Send a smaller file.",
+    ),
+    "too-many-pixels": Kind(
+        413,
+        "Too many pixels",
+        "The picture unpacks to more pixels than are read. Scale it down: the network looks at very few of them anyway.",
+    ),
+    "unknown-content-type": Kind(
+        415, "Unknown content type", "A request is multipart/form-data or application/json."
+    ),
+    "wrong-request": Kind(
+        422,
+        "Wrong request",
+        "A field is missing, unknown, or holds something that it may not hold.",
+    ),
+    "not-an-image": Kind(
+        422,
+        "Not an image",
+        "The bytes are no picture of a known format, whatever the file's name says.",
+    ),
+    "damaged-image": Kind(
+        422, "Damaged image", "It starts as a picture, but does not go on as one."
+    ),
+    "not-fetched": Kind(
+        422,
+        "Not fetched",
+        "The other server could not be reached, was too slow, or sent no file.",
+    ),
+    "unexpected": Kind(
+        500, "Unexpected error", "A mistake of ours. It has been written to the log."
+    ),
+    "busy": Kind(
+        503,
+        "Busy",
+        "All places are taken. The header Retry-After says in how many seconds to try again.",
+    ),
 }
 
 # %% ../../nbs/serve/01_problems.ipynb #c2fe2556
 class Problem(InputError):
     "A refusal; its text is one sentence for a person."
-    def __init__(self,
-        kind: str,           # a key of KINDS
-        detail: str,         # what was wrong, where, and what would be right
-        name: str="",        # of the picture that it is about, if it is about one
-        retry_after: int=0,  # seconds; 0 says nothing about it
+
+    def __init__(
+        self,
+        kind: str,  # a key of KINDS
+        detail: str,  # what was wrong, where, and what would be right
+        name: str = "",  # of the picture that it is about, if it is about one
+        retry_after: int = 0,  # seconds; 0 says nothing about it
     ):
         super().__init__(f"{name}: {detail}" if name else detail)
         self.kind, self.detail, self.name, self.retry_after = kind, detail, name, retry_after
 
     @property
-    def status(self) -> int: return KINDS[self.kind].status
+    def status(self) -> int:
+        return KINDS[self.kind].status
 
     @property
     def headers(self) -> dict[str, str]:
         "Headers that go with the answer."
         return {"Retry-After": str(self.retry_after)} if self.retry_after else {}
 
-    def about(self,
+    def about(
+        self,
         name: str,  # of the picture that it is about
     ) -> "Problem":
         "The same problem, its sentence beginning with a name."
@@ -64,17 +118,23 @@ class Problem(InputError):
 # %% ../../nbs/serve/01_problems.ipynb #56603ad3
 MEDIA_TYPE = "application/problem+json"
 
+
 def as_json(
     problem: Problem,
 ) -> dict:
     "The problem in the form of RFC 9457."
     kind = KINDS[problem.kind]
-    return {"type": f"/docs#{problem.kind}", "title": kind.title, "status": kind.status, "detail": str(problem)}
+    return {
+        "type": f"/docs#{problem.kind}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": str(problem),
+    }
 
 # %% ../../nbs/serve/01_problems.ipynb #2689a985
 def from_status(
     status: int,  # of HTTP, 400 or more
-    detail: str="",
+    detail: str = "",
 ) -> Problem:
     "The problem that fits a bare status best."
     fitting = [name for name, kind in KINDS.items() if kind.status == status]

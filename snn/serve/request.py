@@ -21,124 +21,218 @@ from .problems import Problem
 # %% ../../nbs/serve/09_request.ipynb #8e45ae22
 class Asked(NamedTuple):
     "One picture that is asked about: its bytes, or where they are."
-    name: str           # how the answer calls it
+
+    name: str  # how the answer calls it
     content: bytes = b""
-    url: str = ""       # if not empty, the bytes are there
+    url: str = ""  # if not empty, the bytes are there
+
 
 class Amounts(NamedTuple):
     "How much one request may hold."
+
     pictures: int = 16
-    addresses: int = 4             # of them, to be fetched
-    size: int = 10 * 2 ** 20       # bytes of the body
+    addresses: int = 4  # of them, to be fetched
+    size: int = 10 * 2**20  # bytes of the body
 
 # %% ../../nbs/serve/09_request.ipynb #ebd40783
 def shown(
     text: str,
-    longest: int=100,  # characters
+    longest: int = 100,  # characters
 ) -> str:
     "A stranger's text, fit to be shown."
     text = "".join(c if c.isprintable() else "�" for c in text)
-    return text if len(text) <= longest else text[:longest - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 # %% ../../nbs/serve/09_request.ipynb #9b5e3092
 def check(
     asked: list[Asked],
     amounts: Amounts,
-) -> list[Asked]: # the same
+) -> list[Asked]:  # the same
     "Raise a `Problem` for too few or too many pictures."
     addresses = sum(bool(one.url) for one in asked)
-    if not asked: raise Problem("wrong-request", "the request holds no picture; choose a file or give an address")
-    if len(asked) > amounts.pictures: raise Problem("wrong-request", f"the request holds {len(asked)} pictures; at most {amounts.pictures} are looked at together")
-    if addresses > amounts.addresses: raise Problem("wrong-request", f"the request holds {addresses} addresses; at most {amounts.addresses} are fetched together")
+    if not asked:
+        raise Problem(
+            "wrong-request", "the request holds no picture; choose a file or give an address"
+        )
+    if len(asked) > amounts.pictures:
+        raise Problem(
+            "wrong-request",
+            f"the request holds {len(asked)} pictures; at most {amounts.pictures} are looked at together",
+        )
+    if addresses > amounts.addresses:
+        raise Problem(
+            "wrong-request",
+            f"the request holds {addresses} addresses; at most {amounts.addresses} are fetched together",
+        )
     return asked
 
 # %% ../../nbs/serve/09_request.ipynb #300ecb7a
 class Uploaded(BaseModel):
     "A picture, sent along."
+
     model_config = ConfigDict(extra="forbid")
-    base64: str = Field(description="the file, in base64", json_schema_extra={"contentEncoding": "base64"})
+    base64: str = Field(
+        description="the file, in base64", json_schema_extra={"contentEncoding": "base64"}
+    )
+
 
 class Linked(BaseModel):
     "A picture, somewhere on the web."
+
     model_config = ConfigDict(extra="forbid")
-    url: str = Field(description="its public address, http or https", json_schema_extra={"format": "uri"})
+    url: str = Field(
+        description="its public address, http or https", json_schema_extra={"format": "uri"}
+    )
+
 
 class Question(BaseModel):
     "Pictures to be looked at."
+
     model_config = ConfigDict(extra="forbid")
-    images: list[Uploaded | Linked] = Field(min_length=1, max_length=16, description="one or more pictures; at most 4 of them by address")
+    images: list[Uploaded | Linked] = Field(
+        min_length=1,
+        max_length=16,
+        description="one or more pictures; at most 4 of them by address",
+    )
 
 # %% ../../nbs/serve/09_request.ipynb #7cdc8e5a
 def _one(number: int, value: Any) -> Asked:
     "One element of `images`."
     where = f"images[{number}]"
-    if not isinstance(value, dict): raise Problem("wrong-request", f"{where} is not an object; it may be {{\"base64\": …}} or {{\"url\": …}}")
+    if not isinstance(value, dict):
+        raise Problem(
+            "wrong-request",
+            f'{where} is not an object; it may be {{"base64": …}} or {{"url": …}}',
+        )
     for key in value:
-        if key not in ("base64", "url"): raise Problem("wrong-request", f"{where} has the unknown field {shown(key)}; known are base64 and url")
-    if len(value) != 1: raise Problem("wrong-request", f"{where} has {'both base64 and url' if value else 'neither base64 nor url'}; it needs one of them")
+        if key not in ("base64", "url"):
+            raise Problem(
+                "wrong-request",
+                f"{where} has the unknown field {shown(key)}; known are base64 and url",
+            )
+    if len(value) != 1:
+        raise Problem(
+            "wrong-request",
+            f"{where} has {'both base64 and url' if value else 'neither base64 nor url'}; it needs one of them",
+        )
     [(key, text)] = value.items()
-    if not isinstance(text, str): raise Problem("wrong-request", f"{where}.{key} is not a text; it is written in quotes")
-    if key == "url": return Asked(shown(text), url=text) if text else _one(number, {})
-    try: return Asked(f"picture {number + 1}", from_base64(text))
-    except Problem as problem: raise problem.about(where) from None
+    if not isinstance(text, str):
+        raise Problem("wrong-request", f"{where}.{key} is not a text; it is written in quotes")
+    if key == "url":
+        return Asked(shown(text), url=text) if text else _one(number, {})
+    try:
+        return Asked(f"picture {number + 1}", from_base64(text))
+    except Problem as problem:
+        raise problem.about(where) from None
 
 # %% ../../nbs/serve/09_request.ipynb #9777981f
 def from_json(
     body: bytes,
-    amounts: Amounts=Amounts(),
+    amounts: Amounts = Amounts(),
 ) -> list[Asked]:
     "The pictures that a JSON body asks about; raises `Problem`."
-    try: question = json.loads(body)
-    except (ValueError, RecursionError): raise Problem("unreadable-request", "the body is not valid JSON") from None
+    try:
+        question = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Problem("unreadable-request", "the body is not valid JSON") from None
     if not isinstance(question, dict) or not isinstance(question.get("images"), list):
-        raise Problem("wrong-request", 'the body has no list of images; it looks like {"images": [{"url": "https://example.org/cat.jpg"}]}')
+        raise Problem(
+            "wrong-request",
+            'the body has no list of images; it looks like {"images": [{"url": "https://example.org/cat.jpg"}]}',
+        )
     for key in question:
-        if key != "images": raise Problem("wrong-request", f"unknown field {shown(key)}; known is images")
-    if len(question["images"]) > amounts.pictures: check([Asked("")] * len(question["images"]), amounts)
-    return check([_one(number, value) for number, value in enumerate(question["images"])], amounts)
+        if key != "images":
+            raise Problem("wrong-request", f"unknown field {shown(key)}; known is images")
+    if len(question["images"]) > amounts.pictures:
+        check([Asked("")] * len(question["images"]), amounts)
+    return check(
+        [_one(number, value) for number, value in enumerate(question["images"])], amounts
+    )
 
 # %% ../../nbs/serve/09_request.ipynb #e597d56a
 class _InMemory(MultiPartParser):
-    spool_max_size = 2 ** 40  # never to the disk
+    spool_max_size = 2**40  # never to the disk
 
-logging.getLogger("python_multipart").setLevel(logging.ERROR)  # strangers' broken forms do not belong into the log
+
+logging.getLogger("python_multipart").setLevel(
+    logging.ERROR
+)  # strangers' broken forms do not belong into the log
+
 
 async def _part(name: str, value: UploadFile | str, number: int) -> Asked | None:
     "One field of a form, or nothing if it was left empty."
     if name == "image" and isinstance(value, UploadFile):
         content = await value.read()
-        return Asked(shown(value.filename or f"picture {number}"), content) if content or value.filename else None
-    if name == "image" and value: raise Problem("wrong-request", "the field image holds a text, but it may only hold files; an address goes into the field url")
-    if name == "image": return None
-    if name == "url" and value == "": raise Problem("wrong-request", "the field url is empty; it holds an address, or is left out")
-    if name == "url" and isinstance(value, str): return Asked(shown(value), url=value)
-    raise Problem("wrong-request", f"the field {shown(name)} is not known in this form; known are image, which holds files, and url, which holds addresses")
+        return (
+            Asked(shown(value.filename or f"picture {number}"), content)
+            if content or value.filename
+            else None
+        )
+    if name == "image" and value:
+        raise Problem(
+            "wrong-request",
+            "the field image holds a text, but it may only hold files; an address goes into the field url",
+        )
+    if name == "image":
+        return None
+    if name == "url" and value == "":
+        raise Problem(
+            "wrong-request", "the field url is empty; it holds an address, or is left out"
+        )
+    if name == "url" and isinstance(value, str):
+        return Asked(shown(value), url=value)
+    raise Problem(
+        "wrong-request",
+        f"the field {shown(name)} is not known in this form; known are image, which holds files, and url, which holds addresses",
+    )
 
 # %% ../../nbs/serve/09_request.ipynb #0977829a
 async def from_form(
-    headers: Mapping,                        # of the request
-    stream: AsyncGenerator[bytes, None],     # its body
-    amounts: Amounts=Amounts(),
+    headers: Mapping,  # of the request
+    stream: AsyncGenerator[bytes, None],  # its body
+    amounts: Amounts = Amounts(),
 ) -> list[Asked]:
     "The pictures that a form asks about; raises `Problem`."
-    parser = _InMemory(Headers(dict(headers)), stream, max_files=2 * amounts.pictures, max_fields=2 * amounts.pictures, max_part_size=amounts.size)
-    try: form = await parser.parse()
+    parser = _InMemory(
+        Headers(dict(headers)),
+        stream,
+        max_files=2 * amounts.pictures,
+        max_fields=2 * amounts.pictures,
+        max_part_size=amounts.size,
+    )
+    try:
+        form = await parser.parse()
     except (MultiPartException, ValueError, KeyError) as error:
-        if isinstance(error, Problem): raise
+        if isinstance(error, Problem):
+            raise
         if "Too many" in str(getattr(error, "message", "")):
-            raise Problem("wrong-request", f"the form has more than {2 * amounts.pictures} fields; at most "
-                                           f"{amounts.pictures} pictures are looked at together") from None
-        raise Problem("unreadable-request", "the body is not a form that could be read; was it cut off, or its boundary left out?") from None
-    parts = [await _part(name, value, number) for number, (name, value) in enumerate(form.multi_items(), start=1)]
+            raise Problem(
+                "wrong-request",
+                f"the form has more than {2 * amounts.pictures} fields; at most "
+                f"{amounts.pictures} pictures are looked at together",
+            ) from None
+        raise Problem(
+            "unreadable-request",
+            "the body is not a form that could be read; was it cut off, or its boundary left out?",
+        ) from None
+    parts = [
+        await _part(name, value, number)
+        for number, (name, value) in enumerate(form.multi_items(), start=1)
+    ]
     return check([part for part in parts if part], amounts)
 
 # %% ../../nbs/serve/09_request.ipynb #a132ce3a
 async def pictures_of(
     request,  # Starlette's
-    amounts: Amounts=Amounts(),
+    amounts: Amounts = Amounts(),
 ) -> list[Asked]:
     "The pictures that a request asks about; raises `Problem`."
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind == "application/json": return from_json(await request.body(), amounts)
-    if kind == "multipart/form-data": return await from_form(request.headers, request.stream(), amounts)
-    raise Problem("unknown-content-type", f"the body is {shown(kind) or 'of no stated type'}; it may be multipart/form-data or application/json")
+    if kind == "application/json":
+        return from_json(await request.body(), amounts)
+    if kind == "multipart/form-data":
+        return await from_form(request.headers, request.stream(), amounts)
+    raise Problem(
+        "unknown-content-type",
+        f"the body is {shown(kind) or 'of no stated type'}; it may be multipart/form-data or application/json",
+    )

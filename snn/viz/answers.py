@@ -11,22 +11,50 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..maths.model import wilson_interval
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, Sheet, gallery, sheet
+from snn.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Sheet,
+    gallery,
+    sheet,
+)
 
 # %% ../../nbs/viz/05_answers.ipynb #5863703e
 def confusion(
-    matrix: np.ndarray,        # ((TN, FP), (FN, TP))
+    matrix: np.ndarray,  # ((TN, FP), (FN, TP))
     classes: tuple[str, str],  # names of 0 and 1
 ) -> Sheet:
     "The confusion matrix, each field with its name, count and share of its row."
     matrix = np.asarray(matrix)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     figure = sheet(4.6, 3.6)
-    axis = figure.add_subplot(title=f"{matrix.sum()} test images", xticks=[0, 1], yticks=[0, 1], xticklabels=classes, yticklabels=classes,
-                              xlabel="what the network says", ylabel="what it is")
+    axis = figure.add_subplot(
+        title=f"{matrix.sum()} test images",
+        xticks=[0, 1],
+        yticks=[0, 1],
+        xticklabels=classes,
+        yticklabels=classes,
+        xlabel="what the network says",
+        ylabel="what it is",
+    )
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (y, x), count in np.ndenumerate(matrix):
-        axis.text(x, y, f"{(('TN', 'FP'), ('FN', 'TP'))[y][x]}\n{count}\n{shares[y, x]:.0%}", ha="center", va="center", color="white" if shares[y, x] > .6 else INK, fontsize=11)
+        axis.text(
+            x,
+            y,
+            f"{(('TN', 'FP'), ('FN', 'TP'))[y][x]}\n{count}\n{shares[y, x]:.0%}",
+            ha="center",
+            va="center",
+            color="white" if shares[y, x] > 0.6 else INK,
+            fontsize=11,
+        )
     return figure
 
 # %% ../../nbs/viz/05_answers.ipynb #5b83aa5b
@@ -34,96 +62,177 @@ def roc(
     false_positive_rate: np.ndarray,  # as from scikit-learn's roc_curve
     true_positive_rate: np.ndarray,
     auc: float,
-    chosen: tuple[float, float] | None=None,  # the two rates at a threshold of one half
+    chosen: tuple[float, float] | None = None,  # the two rates at a threshold of one half
 ) -> Sheet:
     "The ROC curve."
     figure = sheet(4.6, 4)
-    axis = figure.add_subplot(title=f"ROC curve, AUC {auc:.3f}", xlabel="false-positive rate", ylabel="sensitivity (true-positive rate)", aspect="equal",
-                              xlim=(-.02, 1.02), ylim=(-.02, 1.02))
-    axis.plot(false_positive_rate, true_positive_rate, color=BLUE, linewidth=2, label="the network")
+    axis = figure.add_subplot(
+        title=f"ROC curve, AUC {auc:.3f}",
+        xlabel="false-positive rate",
+        ylabel="sensitivity (true-positive rate)",
+        aspect="equal",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+    )
+    axis.plot(
+        false_positive_rate, true_positive_rate, color=BLUE, linewidth=2, label="the network"
+    )
     axis.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="a coin")
-    if chosen: axis.plot(*chosen, marker="o", markersize=9, color=VERMILLION, linestyle="none", label="threshold 0.5")
-    axis.grid(alpha=.3)
+    if chosen:
+        axis.plot(
+            *chosen,
+            marker="o",
+            markersize=9,
+            color=VERMILLION,
+            linestyle="none",
+            label="threshold 0.5",
+        )
+    axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     return figure
 
 # %% ../../nbs/viz/05_answers.ipynb #72d25582
 def measures_at(
-    labels: np.ndarray,         # (m,), 0 or 1
+    labels: np.ndarray,  # (m,), 0 or 1
     probabilities: np.ndarray,  # (m,)
-    thresholds: np.ndarray,     # (t,)
-) -> dict[str, np.ndarray]: # (t,) each; NaN where nothing is called a cat
+    thresholds: np.ndarray,  # (t,)
+) -> dict[str, np.ndarray]:  # (t,) each; NaN where nothing is called a cat
     "Accuracy, sensitivity, specificity and precision at each threshold."
     called, cats = probabilities >= np.asarray(thresholds)[:, None], np.asarray(labels) == 1
     tp, fp = (called & cats).sum(axis=1), (called & ~cats).sum(axis=1)
     precision = np.divide(tp, tp + fp, out=np.full(len(tp), np.nan), where=tp + fp > 0)
-    return {"accuracy": (called == cats).mean(axis=1), "sensitivity": tp / max(cats.sum(), 1), "specificity": 1 - fp / max((~cats).sum(), 1), "precision": precision}
+    return {
+        "accuracy": (called == cats).mean(axis=1),
+        "sensitivity": tp / max(cats.sum(), 1),
+        "specificity": 1 - fp / max((~cats).sum(), 1),
+        "precision": precision,
+    }
+
 
 def threshold_sweep(
-    labels: np.ndarray,         # (m,), 0 or 1
+    labels: np.ndarray,  # (m,), 0 or 1
     probabilities: np.ndarray,  # (m,)
 ) -> Sheet:
     "What accuracy, sensitivity, specificity and precision would be at other thresholds."
     thresholds = np.linspace(0, 1, 201)
     figure = sheet(8, 3)
-    axis = figure.add_subplot(title="The same network at other thresholds", xlabel="threshold: a cat from this probability on", ylabel="share of images", xlim=(0, 1), ylim=(-.02, 1.05))
-    for (name, values), colour, dash in zip(measures_at(labels, probabilities, thresholds).items(), (INK, BLUE, ORANGE, PURPLE), ("-", "--", "-.", ":")):
+    axis = figure.add_subplot(
+        title="The same network at other thresholds",
+        xlabel="threshold: a cat from this probability on",
+        ylabel="share of images",
+        xlim=(0, 1),
+        ylim=(-0.02, 1.05),
+    )
+    for (name, values), colour, dash in zip(
+        measures_at(labels, probabilities, thresholds).items(),
+        (INK, BLUE, ORANGE, PURPLE),
+        ("-", "--", "-.", ":"),
+    ):
         axis.plot(thresholds, values, color=colour, linestyle=dash, linewidth=2, label=name)
-    axis.axvline(.5, color=GREY, linewidth=1)
-    axis.grid(alpha=.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, .5))
+    axis.axvline(0.5, color=GREY, linewidth=1)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../../nbs/viz/05_answers.ipynb #799d4d4b
 def sureness(
-    labels: np.ndarray,         # (m,), 0 or 1
+    labels: np.ndarray,  # (m,), 0 or 1
     probabilities: np.ndarray,  # (m,)
     classes: tuple[str, str],
 ) -> Sheet:
     "Every picture at its probability, by what it is."
     figure = sheet(8, 1.9)
-    axis = figure.add_subplot(xlabel=f"probability of {classes[1]}", yticks=[0, 1], yticklabels=classes, xlim=(-.01, 1.01), ylim=(-.6, 1.6),
-                              title="Every test image, by what it is and what the network says")
-    spread = np.random.default_rng(0).uniform(-.28, .28, len(labels))  # so that they do not cover one another
-    wrong = (probabilities >= .5) != (labels == 1)
-    axis.scatter(probabilities[~wrong], (labels + spread)[~wrong], s=22, color=SKY, edgecolor=BLUE, label="right")
-    axis.scatter(probabilities[wrong], (labels + spread)[wrong], s=36, color=VERMILLION, marker="x", label="wrong")
-    axis.axvline(.5, color=GREY, linewidth=1)
-    axis.legend(loc="center left", bbox_to_anchor=(1, .5))
+    axis = figure.add_subplot(
+        xlabel=f"probability of {classes[1]}",
+        yticks=[0, 1],
+        yticklabels=classes,
+        xlim=(-0.01, 1.01),
+        ylim=(-0.6, 1.6),
+        title="Every test image, by what it is and what the network says",
+    )
+    spread = np.random.default_rng(0).uniform(
+        -0.28, 0.28, len(labels)
+    )  # so that they do not cover one another
+    wrong = (probabilities >= 0.5) != (labels == 1)
+    axis.scatter(
+        probabilities[~wrong],
+        (labels + spread)[~wrong],
+        s=22,
+        color=SKY,
+        edgecolor=BLUE,
+        label="right",
+    )
+    axis.scatter(
+        probabilities[wrong],
+        (labels + spread)[wrong],
+        s=36,
+        color=VERMILLION,
+        marker="x",
+        label="wrong",
+    )
+    axis.axvline(0.5, color=GREY, linewidth=1)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../../nbs/viz/05_answers.ipynb #d001a23f
 def trust(
-    right: int,       # images that were told rightly
-    count: int,       # images
+    right: int,  # images that were told rightly
+    count: int,  # images
     baseline: float,  # accuracy of always naming the larger class
 ) -> Sheet:
     "The interval of an accuracy, and how it would narrow with more images."
     counts = np.unique(np.geomspace(10, 10_000, 60).astype(int))
     low, high = np.array([wilson_interval(right / count * n, n) for n in counts]).T
     figure = sheet(8, 2.9)
-    axis = figure.add_subplot(xscale="log", xlabel="images in the test set", ylabel="accuracy", title=f"{right} of {count} right: between {wilson_interval(right, count)[0]:.0%} and {wilson_interval(right, count)[1]:.0%}",
-                              xlim=(10, 10_000), ylim=(min(.35, baseline - .1), 1.02))
-    axis.fill_between(counts, low, high, color=SKY, alpha=.45, label="95 % interval")
-    axis.axhline(baseline, color=VERMILLION, linestyle="--", linewidth=1.2, label="always the larger class")
+    axis = figure.add_subplot(
+        xscale="log",
+        xlabel="images in the test set",
+        ylabel="accuracy",
+        title=f"{right} of {count} right: between {wilson_interval(right, count)[0]:.0%} and {wilson_interval(right, count)[1]:.0%}",
+        xlim=(10, 10_000),
+        ylim=(min(0.35, baseline - 0.1), 1.02),
+    )
+    axis.fill_between(counts, low, high, color=SKY, alpha=0.45, label="95 % interval")
+    axis.axhline(
+        baseline,
+        color=VERMILLION,
+        linestyle="--",
+        linewidth=1.2,
+        label="always the larger class",
+    )
     bounds = wilson_interval(right, count)
-    axis.errorbar(count, right / count, yerr=[[right / count - bounds[0]], [bounds[1] - right / count]], color=INK, marker="o", capsize=5, label="this test set")
+    axis.errorbar(
+        count,
+        right / count,
+        yerr=[[right / count - bounds[0]], [bounds[1] - right / count]],
+        color=INK,
+        marker="o",
+        capsize=5,
+        label="this test set",
+    )
     axis.set_xticks([10, 100, 1000, 10_000], ["10", "100", "1,000", "10,000"])
-    axis.grid(alpha=.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, .5))
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../../nbs/viz/05_answers.ipynb #50d59944
 def told(
     images: Sequence[np.ndarray],  # (size, size, 3) uint8 each
-    probabilities: np.ndarray,     # (m,)
+    probabilities: np.ndarray,  # (m,)
     classes: tuple[str, str],
-    labels: np.ndarray | None=None,  # (m,), 0 or 1; None if nobody knows
-    title: str="",
-    columns: int=8,
+    labels: np.ndarray | None = None,  # (m,), 0 or 1; None if nobody knows
+    title: str = "",
+    columns: int = 8,
 ) -> Sheet:
     "Pictures with what the network says about each; wrong answers are coloured."
-    says = [f"{classes[int(p >= .5)]}, {max(p, 1 - p):.0%}" for p in probabilities]
-    if labels is None: return gallery(images, says, columns, title)
-    wrong = (np.asarray(probabilities) >= .5) != (np.asarray(labels) == 1)
-    return gallery(images, [f"✗ {text}" if w else f"✓ {text}" for text, w in zip(says, wrong)], columns, title, [VERMILLION if w else INK for w in wrong])
+    says = [f"{classes[int(p >= 0.5)]}, {max(p, 1 - p):.0%}" for p in probabilities]
+    if labels is None:
+        return gallery(images, says, columns, title)
+    wrong = (np.asarray(probabilities) >= 0.5) != (np.asarray(labels) == 1)
+    return gallery(
+        images,
+        [f"✗ {text}" if w else f"✓ {text}" for text, w in zip(says, wrong)],
+        columns,
+        title,
+        [VERMILLION if w else INK for w in wrong],
+    )

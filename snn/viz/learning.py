@@ -12,89 +12,186 @@ import numpy as np
 
 from ..maths.network import Layer
 from .neurons import weights_as_images
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, Sheet, sheet, show_image
+from snn.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Sheet,
+    sheet,
+    show_image,
+)
 
 # %% ../../nbs/viz/04_learning.ipynb #a88abd20
 def cost_curve(
     costs: Sequence[float],  # per epoch
-    threshold: float=0,      # drawn unless it is 0
+    threshold: float = 0,  # drawn unless it is 0
 ) -> Sheet:
     "The cost of each epoch, the best one, and the threshold."
     figure, best = sheet(8, 3.2), int(np.argmin(costs))
-    axis = figure.add_subplot(xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log", title=f"Cost of {len(costs)} epochs")
-    axis.plot(costs, color=BLUE, linewidth=1, marker="o" if len(costs) < 30 else None, markersize=4)
-    axis.plot(best, costs[best], marker="*", markersize=13, color=GREEN, markeredgecolor="white", linestyle="none", label=f"best: {costs[best]:.4f} in epoch {best}")
-    if near := threshold > min(costs) / 10: axis.axhline(threshold, color=VERMILLION, linestyle="--", linewidth=1.2, label=f"threshold: {threshold:g}")
-    elif threshold: axis.plot([], [], color=VERMILLION, linestyle="--", label=f"threshold: {threshold:g}, far below")
+    axis = figure.add_subplot(
+        xlabel="epoch",
+        ylabel="cost (cross-entropy)",
+        yscale="log",
+        title=f"Cost of {len(costs)} epochs",
+    )
+    axis.plot(
+        costs, color=BLUE, linewidth=1, marker="o" if len(costs) < 30 else None, markersize=4
+    )
+    axis.plot(
+        best,
+        costs[best],
+        marker="*",
+        markersize=13,
+        color=GREEN,
+        markeredgecolor="white",
+        linestyle="none",
+        label=f"best: {costs[best]:.4f} in epoch {best}",
+    )
+    if near := threshold > min(costs) / 10:
+        axis.axhline(
+            threshold,
+            color=VERMILLION,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"threshold: {threshold:g}",
+        )
+    elif threshold:
+        axis.plot(
+            [],
+            [],
+            color=VERMILLION,
+            linestyle="--",
+            label=f"threshold: {threshold:g}, far below",
+        )
     _plain_ticks(axis, [*costs, threshold] if near else costs)
     axis.legend()
     return figure
 
+
 def _plain_ticks(axis, values: Sequence[float]) -> None:
     "Numbers at the scale instead of powers of ten."
     low, high = min(values), max(values)
-    within = lambda digits: [float(f"{m}e{e}") for e in range(-9, 4) for m in digits if low * .8 <= float(f"{m}e{e}") <= high * 1.25]
-    steps = within(range(1, 10)) if high < 5 * low else within((1, 2, 5)) if high < 500 * low else within((1,))
+    within = lambda digits: [
+        float(f"{m}e{e}")
+        for e in range(-9, 4)
+        for m in digits
+        if low * 0.8 <= float(f"{m}e{e}") <= high * 1.25
+    ]
+    steps = (
+        within(range(1, 10))
+        if high < 5 * low
+        else within((1, 2, 5))
+        if high < 500 * low
+        else within((1,))
+    )
     axis.set_yticks(steps, [f"{step:g}" for step in steps])
     axis.minorticks_off()
-    axis.grid(alpha=.3)
+    axis.grid(alpha=0.3)
 
 # %% ../../nbs/viz/04_learning.ipynb #c2b39141
 def progress(
     costs: Sequence[float],  # of the epochs so far
-    epochs: int,             # at most
-    note: str="",            # beside the bar
+    epochs: int,  # at most
+    note: str = "",  # beside the bar
 ) -> Sheet:
     "How far a run is, and what it cost so far."
     figure = sheet(8, 2.8)
     bar, axis = figure.subplots(2, 1, height_ratios=[1, 9])
-    bar.barh(0, epochs, color=PALE, height=1); bar.barh(0, len(costs), color=GREEN, height=1)
-    bar.set(xlim=(0, epochs), yticks=[], xticks=[], title=f"epoch {len(costs)} of {epochs}{', ' * bool(note)}{note}")
+    bar.barh(0, epochs, color=PALE, height=1)
+    bar.barh(0, len(costs), color=GREEN, height=1)
+    bar.set(
+        xlim=(0, epochs),
+        yticks=[],
+        xticks=[],
+        title=f"epoch {len(costs)} of {epochs}{', ' * bool(note)}{note}",
+    )
     bar.spines[:].set_visible(False)
-    axis.plot(range(len(costs)), costs, color=BLUE, marker="o" if len(costs) < 60 else None, markersize=4)
-    axis.set(xlabel="epoch", ylabel="cost (cross-entropy)", xlim=(-.5, epochs - .5))
-    axis.grid(alpha=.3)
+    axis.plot(
+        range(len(costs)),
+        costs,
+        color=BLUE,
+        marker="o" if len(costs) < 60 else None,
+        markersize=4,
+    )
+    axis.set(xlabel="epoch", ylabel="cost (cross-entropy)", xlim=(-0.5, epochs - 0.5))
+    axis.grid(alpha=0.3)
     return figure
 
 # %% ../../nbs/viz/04_learning.ipynb #8fc3da44
 def gradient_norm(
-    slopes: Sequence[tuple[np.ndarray, np.ndarray]],  # (dW, db) per layer, as from `network.gradients`
-) -> list[float]: # per layer
+    slopes: Sequence[
+        tuple[np.ndarray, np.ndarray]
+    ],  # (dW, db) per layer, as from `network.gradients`
+) -> list[float]:  # per layer
     "Root mean square of each layer's dW."
     return [float(np.sqrt(np.mean(dW * dW))) for dW, *_ in slopes]
+
 
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, INK]
 DASHES = ["-", "--", "-.", ":"]
 
+
 def gradient_norms(
     norms: Sequence[Sequence[float]],  # per epoch, per layer
-    epochs: Sequence[int] | None=None, # that were measured; None: all, from the first
+    epochs: Sequence[int] | None = None,  # that were measured; None: all, from the first
 ) -> Sheet:
     "How long each layer's gradient was in each epoch."
     figure, epochs = sheet(8, 3), range(len(norms)) if epochs is None else epochs
-    axis = figure.add_subplot(xlabel="epoch", ylabel="root mean square of dW", yscale="log", title="Length of the gradient, layer by layer")
+    axis = figure.add_subplot(
+        xlabel="epoch",
+        ylabel="root mean square of dW",
+        yscale="log",
+        title="Length of the gradient, layer by layer",
+    )
     for l, values in enumerate(np.transpose(norms), start=1):
-        values = np.where(values > 0, values, np.nan)  # a dead layer has no place on a logarithmic scale
-        axis.plot(epochs, values, color=COLOURS[(l - 1) % 7], linestyle=DASHES[(l - 1) % 4], marker="o" if len(norms) < 20 else None, markersize=4,
-                  label=f"layer {l}" if np.isfinite(values).any() else f"layer {l}: always 0")
-    axis.grid(alpha=.3, which="major")
-    axis.legend(loc="center left", bbox_to_anchor=(1, .5))
+        values = np.where(
+            values > 0, values, np.nan
+        )  # a dead layer has no place on a logarithmic scale
+        axis.plot(
+            epochs,
+            values,
+            color=COLOURS[(l - 1) % 7],
+            linestyle=DASHES[(l - 1) % 4],
+            marker="o" if len(norms) < 20 else None,
+            markersize=4,
+            label=f"layer {l}" if np.isfinite(values).any() else f"layer {l}: always 0",
+        )
+    axis.grid(alpha=0.3, which="major")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../../nbs/viz/04_learning.ipynb #ab37e54e
 def weights_over_epochs(
-    kept: Sequence[tuple[int, Sequence[Layer]]],  # epoch (-1: before the first) and layers, in order
-    size: int,                                    # edge of an image in pixels
-    neurons: Sequence[int]=(0, 1, 2),             # of layer 1
-    change: bool=False,                           # what has been added since the first, instead of the weights
+    kept: Sequence[
+        tuple[int, Sequence[Layer]]
+    ],  # epoch (-1: before the first) and layers, in order
+    size: int,  # edge of an image in pixels
+    neurons: Sequence[int] = (0, 1, 2),  # of layer 1
+    change: bool = False,  # what has been added since the first, instead of the weights
 ) -> Sheet:
     "Layer-1 neurons as pictures, from epoch to epoch."
     what = "what training has added to the weights" if change else "the weights"
-    figure = sheet(8, .35 + len(neurons) * (7.4 / len(kept) + .08) + .15, f"Layer 1 from epoch to epoch: {what}")
+    figure = sheet(
+        8,
+        0.35 + len(neurons) * (7.4 / len(kept) + 0.08) + 0.15,
+        f"Layer 1 from epoch to epoch: {what}",
+    )
     axes = figure.subplots(len(neurons), len(kept), squeeze=False)
     first = kept[0][1][0][0] if change else 0
     for column, (epoch, layers) in enumerate(kept):
         images = weights_as_images((layers[0][0] - first)[list(neurons)], size)
-        for row, image in enumerate(images): show_image(axes[row, column], image, ("at first" if epoch < 0 else f"after epoch {epoch}") if row == 0 else "")
-    for row, j in enumerate(neurons): axes[row, 0].set_ylabel(f"neuron {j}", fontsize=8)
+        for row, image in enumerate(images):
+            show_image(
+                axes[row, column],
+                image,
+                ("at first" if epoch < 0 else f"after epoch {epoch}") if row == 0 else "",
+            )
+    for row, j in enumerate(neurons):
+        axes[row, 0].set_ylabel(f"neuron {j}", fontsize=8)
     return figure

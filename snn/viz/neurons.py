@@ -18,60 +18,87 @@ from ..maths.explain import fired, has_fired, pixel_gradient, saliency
 from ..maths.model import Model
 from ..maths.network import Layer, activations
 from .structure import neuron_places
-from .style import BLUE, GREY, INK, ORANGE, PALE, SKY, VERMILLION, Sheet, sheet, show_image
+from snn.viz.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    SKY,
+    VERMILLION,
+    Sheet,
+    sheet,
+    show_image,
+)
 
 # %% ../../nbs/viz/03_neurons.ipynb #9fbbc3bc
 def weights_as_images(
     W: np.ndarray,  # weights of layer 1, (n, size * size * 3)
-    size: int,      # edge of an image in pixels
-) -> np.ndarray: # (n, size, size, 3), 0 to 1
+    size: int,  # edge of an image in pixels
+) -> np.ndarray:  # (n, size, size, 3), 0 to 1
     "Weights as colours: grey is zero."
     largest = np.abs(W).max(axis=1, keepdims=True)
-    return (.5 + W / (2 * np.where(largest > 0, largest, 1))).reshape(len(W), size, size, 3)
+    return (0.5 + W / (2 * np.where(largest > 0, largest, 1))).reshape(len(W), size, size, 3)
+
 
 def learned(
     layers: Sequence[Layer],
-    size: int,                           # edge of an image in pixels
-    first: Sequence[Layer] | None=None,  # the weights before training; what was added to them is shown
-    most: int=20,                        # neurons that are shown
-    columns: int=10,
+    size: int,  # edge of an image in pixels
+    first: Sequence[Layer]
+    | None = None,  # the weights before training; what was added to them is shown
+    most: int = 20,  # neurons that are shown
+    columns: int = 10,
 ) -> Sheet:
     "What each neuron of layer 1 looks for."
     W = layers[0][0] - (first[0][0] if first else 0)
     images = weights_as_images(W[:most], size)
     rows = -(-len(images) // columns)
-    figure = sheet(8, .3 + rows * (8 / columns + .2), f"Layer 1: {'what training has added to each neuron' if first else 'the weights of each neuron'}, as a picture")
+    figure = sheet(
+        8,
+        0.3 + rows * (8 / columns + 0.2),
+        f"Layer 1: {'what training has added to each neuron' if first else 'the weights of each neuron'}, as a picture",
+    )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes: axis.set_axis_off()
-    for j, (axis, image) in enumerate(zip(axes, images)): show_image(axis, image, f"neuron {j}")
+    for axis in axes:
+        axis.set_axis_off()
+    for j, (axis, image) in enumerate(zip(axes, images)):
+        show_image(axis, image, f"neuron {j}")
     return figure
 
 # %% ../../nbs/viz/03_neurons.ipynb #75463cfc
 def favourites(
     model: Model,
     images: np.ndarray,  # (m, size, size, 3) uint8
-    layer: int,          # from 1
-    count: int=6,        # pictures per neuron
-    most: int=7,         # neurons that are shown
+    layer: int,  # from 1
+    count: int = 6,  # pictures per neuron
+    most: int = 7,  # neurons that are shown
 ) -> Sheet:
     "The pictures that fire each neuron of a layer most."
     A = activations(model.parameters, model.layers, standardise(images).T)[layer][:most]
-    figure = sheet(8, .3 + .75 * len(A), f"Layer {layer}: what fires each neuron most, and how much")
+    figure = sheet(
+        8, 0.3 + 0.75 * len(A), f"Layer {layer}: what fires each neuron most, and how much"
+    )
     figure.colours = 32  # photographs hide it
     axes = figure.subplots(len(A), count, squeeze=False)
     for j, row in enumerate(A):
         best = np.argsort(-row, kind="stable")[:count]
-        for axis in axes[j]: axis.set_axis_off()
-        for axis, i in zip(axes[j], best): show_image(axis, images[i], f"{row[i]:.2f}", INK if row[i] > 0 else GREY)
+        for axis in axes[j]:
+            axis.set_axis_off()
+        for axis, i in zip(axes[j], best):
+            show_image(axis, images[i], f"{row[i]:.2f}", INK if row[i] > 0 else GREY)
         axes[j, 0].set_axis_on()
-        axes[j, 0].set_ylabel(f"neuron {j}" if row.max() > 0 else f"neuron {j}\nnever fires", fontsize=8, color=INK if row.max() > 0 else VERMILLION)
+        axes[j, 0].set_ylabel(
+            f"neuron {j}" if row.max() > 0 else f"neuron {j}\nnever fires",
+            fontsize=8,
+            color=INK if row.max() > 0 else VERMILLION,
+        )
     return figure
 
 # %% ../../nbs/viz/03_neurons.ipynb #6d525727
 def firing(
     model: Model,
     image: np.ndarray,  # (size, size, 3) uint8
-    title: str="",      # over the picture
+    title: str = "",  # over the picture
 ) -> Sheet:
     "One picture's way through all layers."
     A = fired(model, image)
@@ -79,11 +106,17 @@ def firing(
     figure.colours = 32
     left, right = figure.subplots(1, 2, width_ratios=[1, 5])
     show_image(left, image, title)
-    right.set(title=f"{model.parameters.activation(len(A))} of the last neuron: {A[-1][0]:.2f}", xlim=(.6, len(A) + .75), ylim=(-1.45, 1.15))
+    right.set(
+        title=f"{model.parameters.activation(len(A))} of the last neuron: {A[-1][0]:.2f}",
+        xlim=(0.6, len(A) + 0.75),
+        ylim=(-1.45, 1.15),
+    )
     right.set_axis_off()
     places = neuron_places(model.parameters.sizes)
-    for l in range(1, len(A)): _draw_shares(right, model.layers[l][0] * A[l - 1], places[l - 1], places[l])
-    for l, (layer, values) in enumerate(zip(places, A), start=1): _draw_neurons(right, l, layer, values, model.parameters.activation(l))
+    for l in range(1, len(A)):
+        _draw_shares(right, model.layers[l][0] * A[l - 1], places[l - 1], places[l])
+    for l, (layer, values) in enumerate(zip(places, A), start=1):
+        _draw_neurons(right, l, layer, values, model.parameters.activation(l))
     return figure
 
 # %% ../../nbs/viz/03_neurons.ipynb #affc89c2
@@ -93,68 +126,143 @@ def _draw_shares(axis, shares: np.ndarray, before: dict, after: dict) -> None:
     for j, (x1, y1) in after.items():
         for k, (x0, y0) in before.items():
             share = shares[j, k] / largest
-            if j < 0 or k < 0 or abs(share) < .05: continue
-            axis.plot([x0, x1], [y0, y1], color=BLUE if share > 0 else ORANGE, linewidth=.3 + 3 * abs(share), alpha=.25 + .75 * abs(share), zorder=1)
+            if j < 0 or k < 0 or abs(share) < 0.05:
+                continue
+            axis.plot(
+                [x0, x1],
+                [y0, y1],
+                color=BLUE if share > 0 else ORANGE,
+                linewidth=0.3 + 3 * abs(share),
+                alpha=0.25 + 0.75 * abs(share),
+                zorder=1,
+            )
+
 
 def _draw_neurons(axis, l: int, places: dict, values: np.ndarray, activation: str) -> None:
     "A layer's neurons, the stronger the darker."
     scale = Normalize(0, 1 if activation == "sigmoid" else max(np.abs(values).max(), 1e-12))
     yes = has_fired(activation, values)
     for j, (x, y) in places.items():
-        if j < 0: axis.text(x, y, "⋮", ha="center", va="center"); continue
-        axis.scatter(x, y, s=130, color=[np.array([1 - .85 * scale(abs(values[j]))] * 3)], edgecolor=INK if yes[j] else GREY, zorder=2)
-        if l == len(places) or len(places) <= 7: axis.text(x + .1, y, f"{values[j]:.2f}", fontsize=7, va="center", zorder=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": .3, "alpha": .8})
-    axis.text(x, -1.2, f"layer {l}\n{yes.sum()} of {len(values)} fire", ha="center", va="top", fontsize=8)
+        if j < 0:
+            axis.text(x, y, "⋮", ha="center", va="center")
+            continue
+        axis.scatter(
+            x,
+            y,
+            s=130,
+            color=[np.array([1 - 0.85 * scale(abs(values[j]))] * 3)],
+            edgecolor=INK if yes[j] else GREY,
+            zorder=2,
+        )
+        if l == len(places) or len(places) <= 7:
+            axis.text(
+                x + 0.1,
+                y,
+                f"{values[j]:.2f}",
+                fontsize=7,
+                va="center",
+                zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
+            )
+    axis.text(
+        x,
+        -1.2,
+        f"layer {l}\n{yes.sum()} of {len(values)} fire",
+        ha="center",
+        va="top",
+        fontsize=8,
+    )
 
 # %% ../../nbs/viz/03_neurons.ipynb #3b33209d
 AGAINST_FOR = LinearSegmentedColormap.from_list("against_for", [ORANGE, "white", BLUE], N=21)
-STRENGTH = colormaps["inferno"].resampled(12)  # few steps: noise in many colours makes large files
+STRENGTH = colormaps["inferno"].resampled(
+    12
+)  # few steps: noise in many colours makes large files
+
 
 def patches(
     values: np.ndarray,  # (size, size)
-    width: int=9,        # of a patch, in pixels; odd
-) -> np.ndarray: # (size, size)
+    width: int = 9,  # of a patch, in pixels; odd
+) -> np.ndarray:  # (size, size)
     "The mean of the patch around each pixel; patches are cut off at the edges."
-    near = np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values)))) <= width // 2
+    near = (
+        np.abs(np.subtract.outer(np.arange(len(values)), np.arange(len(values)))) <= width // 2
+    )
     near = near / near.sum(axis=1, keepdims=True)
     return near @ values @ near.T
+
 
 def saliency_map(
     model: Model,
     images: Sequence[np.ndarray],  # (size, size, 3) uint8 each
-    titles: Sequence[str]=(),      # one per picture
+    titles: Sequence[str] = (),  # one per picture
 ) -> Sheet:
     "Pictures, and beside each the pixels and the patches that its answer hangs on."
     rows = max(1, -(-len(images) // 3))
-    figure = sheet(8, rows * (8 / 9 + .2) + .35, "What the answer hangs on: each picture, its pixels, its patches")
+    figure = sheet(
+        8,
+        rows * (8 / 9 + 0.2) + 0.35,
+        "What the answer hangs on: each picture, its pixels, its patches",
+    )
     figure.colours = 40
     axes = figure.subplots(rows, 9, squeeze=False).ravel()
-    for axis in axes: axis.set_axis_off()
+    for axis in axes:
+        axis.set_axis_off()
     for k, image in enumerate(images):
-        picture, single, wide = axes[3 * k:3 * k + 3]
-        pixels, around = saliency(model, image), patches(pixel_gradient(model, image).sum(axis=2))
-        show_image(picture, image, titles[k] if len(titles) else f"{model.probabilities(image[None])[0]:.0%} {model.classes[1]}")
-        single.imshow(pixels, cmap=STRENGTH, interpolation="nearest", vmin=0, vmax=max(np.quantile(pixels, .99), 1e-12))
-        wide.imshow(around, cmap=AGAINST_FOR, interpolation="nearest", vmin=-np.abs(around).max() - 1e-12, vmax=np.abs(around).max() + 1e-12)
-        for axis, name in ((single, "pixels"), (wide, "patches")): axis.set_title(name, fontsize=8, pad=3)
+        picture, single, wide = axes[3 * k : 3 * k + 3]
+        pixels, around = (
+            saliency(model, image),
+            patches(pixel_gradient(model, image).sum(axis=2)),
+        )
+        show_image(
+            picture,
+            image,
+            titles[k]
+            if len(titles)
+            else f"{model.probabilities(image[None])[0]:.0%} {model.classes[1]}",
+        )
+        single.imshow(
+            pixels,
+            cmap=STRENGTH,
+            interpolation="nearest",
+            vmin=0,
+            vmax=max(np.quantile(pixels, 0.99), 1e-12),
+        )
+        wide.imshow(
+            around,
+            cmap=AGAINST_FOR,
+            interpolation="nearest",
+            vmin=-np.abs(around).max() - 1e-12,
+            vmax=np.abs(around).max() + 1e-12,
+        )
+        for axis, name in ((single, "pixels"), (wide, "patches")):
+            axis.set_title(name, fontsize=8, pad=3)
     return figure
 
 # %% ../../nbs/viz/03_neurons.ipynb #227b6cd1
 def activity(
     model: Model,
     images: np.ndarray,  # (m, size, size, 3) uint8
-) -> list[np.ndarray]: # per layer, (n,), 0 to 1
+) -> list[np.ndarray]:  # per layer, (n,), 0 to 1
     "For what share of the images each neuron fires."
     A = activations(model.parameters, model.layers, standardise(images).T)[1:]
-    return [has_fired(model.parameters.activation(l), values).mean(axis=1) for l, values in enumerate(A, start=1)]
+    return [
+        has_fired(model.parameters.activation(l), values).mean(axis=1)
+        for l, values in enumerate(A, start=1)
+    ]
+
 
 def dead(
     model: Model,
     images: np.ndarray,  # (m, size, size, 3) uint8
-) -> list[tuple[int, int]]: # layer from 1, neuron from 0
+) -> list[tuple[int, int]]:  # layer from 1, neuron from 0
     "ReLU neurons that fire for none of the images, and so can't learn any more."
-    return [(l, int(j)) for l, shares in enumerate(activity(model, images), start=1) if model.parameters.activation(l) == "relu"
-            for j in np.flatnonzero(shares == 0)]
+    return [
+        (l, int(j))
+        for l, shares in enumerate(activity(model, images), start=1)
+        if model.parameters.activation(l) == "relu"
+        for j in np.flatnonzero(shares == 0)
+    ]
 
 # %% ../../nbs/viz/03_neurons.ipynb #0c4e3f19
 def alive(
@@ -164,11 +272,25 @@ def alive(
     "How often each neuron fires; dead ones are flagged."
     shares, lost = activity(model, images), dead(model, images)
     figure = sheet(8, 2.6)
-    axis = figure.add_subplot(ylabel="images it fires for, %", ylim=(0, 112), title=f"{len(lost)} dead neuron{'' if len(lost) == 1 else 's'} of {sum(map(len, shares))}")
+    axis = figure.add_subplot(
+        ylabel="images it fires for, %",
+        ylim=(0, 112),
+        title=f"{len(lost)} dead neuron{'' if len(lost) == 1 else 's'} of {sum(map(len, shares))}",
+    )
     x, ticks = 0, []
     for l, layer in enumerate(shares, start=1):
         axis.bar(np.arange(x, x + len(layer)), 100 * layer, color=SKY, edgecolor=BLUE)
-        for j in [j for k, j in lost if k == l]: axis.text(x + j, 3, "dead", rotation=90, ha="center", color=VERMILLION, fontsize=8, fontweight="bold")
+        for j in [j for k, j in lost if k == l]:
+            axis.text(
+                x + j,
+                3,
+                "dead",
+                rotation=90,
+                ha="center",
+                color=VERMILLION,
+                fontsize=8,
+                fontweight="bold",
+            )
         axis.text(x + (len(layer) - 1) / 2, 104, f"layer {l}", ha="center", fontsize=8)
         ticks += [(x + j, j) for j in range(len(layer)) if len(layer) < 12 or j % 5 == 0]
         x += len(layer) + 1

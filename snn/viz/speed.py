@@ -13,41 +13,85 @@ import numpy as np
 from .style import BLUE, GREEN, GREY, INK, ORANGE, PALE, SKY, VERMILLION, Sheet, sheet
 
 # %% ../../nbs/viz/06_speed.ipynb #732b7190
-LOOKS = {"plain NumPy": (INK, "D"), "network": (BLUE, "^"), "layer": (ORANGE, "s"), "neuron": (VERMILLION, "o")}  # colour and mark
+LOOKS = {
+    "plain NumPy": (INK, "D"),
+    "network": (BLUE, "^"),
+    "layer": (ORANGE, "s"),
+    "neuron": (VERMILLION, "o"),
+}  # colour and mark
 OTHERS = (GREY, "v")
 
 # %% ../../nbs/viz/06_speed.ipynb #27fc545e
 def ratios(
     timings: Sequence,  # as from `local.bench.bench`: plain NumPy first
-    title: str="An epoch, side by side: milliseconds, fastest to slowest, and times plain NumPy",
+    title: str = "An epoch, side by side: milliseconds, fastest to slowest, and times plain NumPy",
 ) -> Sheet:
     "A bar for each, with the spread of the repetitions."
-    figure = sheet(8, .9 + .38 * len(timings), title)
+    figure = sheet(8, 0.9 + 0.38 * len(timings), title)
     axis = figure.add_subplot(xlabel="ms per epoch, median")
     for y, timing in enumerate(timings):
-        axis.barh(y, 1000 * timing.median, color=LOOKS.get(timing.name, OTHERS)[0], height=.65)
-        axis.plot([1000 * timing.fastest, 1000 * timing.slowest], [y + .4, y + .4], color=INK, linewidth=1.2, solid_capstyle="butt")
-        axis.text(1000 * timing.slowest, y, f"  {1000 * timing.median:.1f} ms, {timing.ratio:.2f}x", va="center", fontsize=8)
+        axis.barh(
+            y, 1000 * timing.median, color=LOOKS.get(timing.name, OTHERS)[0], height=0.65
+        )
+        axis.plot(
+            [1000 * timing.fastest, 1000 * timing.slowest],
+            [y + 0.4, y + 0.4],
+            color=INK,
+            linewidth=1.2,
+            solid_capstyle="butt",
+        )
+        axis.text(
+            1000 * timing.slowest,
+            y,
+            f"  {1000 * timing.median:.1f} ms, {timing.ratio:.2f}x",
+            va="center",
+            fontsize=8,
+        )
     axis.set_yticks(range(len(timings)), [timing.name for timing in timings])
     axis.invert_yaxis()
     axis.set_xlim(0, max(1000 * timing.slowest for timing in timings) * 1.3)
     return figure
 
 # %% ../../nbs/viz/06_speed.ipynb #5c5bfbd6
-KIND_COLOURS = {"mathematics": GREEN, "round trips": BLUE, "serialisation": SKY, "dispatch": ORANGE, "waiting": PALE}
+KIND_COLOURS = {
+    "mathematics": GREEN,
+    "round trips": BLUE,
+    "serialisation": SKY,
+    "dispatch": ORANGE,
+    "waiting": PALE,
+}
+
 
 def where_time_goes(
-    parts: dict[str, dict[str, float]],  # seconds per epoch, by name and kind, as from `local.profile.parts`
-    reference: float,                    # seconds per epoch of plain NumPy
+    parts: dict[
+        str, dict[str, float]
+    ],  # seconds per epoch, by name and kind, as from `local.profile.parts`
+    reference: float,  # seconds per epoch of plain NumPy
 ) -> Sheet:
     "A stacked bar for each granularity."
-    figure = sheet(8, 1.3 + .5 * len(parts), "Where the time of an epoch goes")
+    figure = sheet(8, 1.3 + 0.5 * len(parts), "Where the time of an epoch goes")
     axis = figure.add_subplot(xlabel="ms per epoch, average of the workers")
     for y, (name, kinds) in enumerate(parts.items()):
-        left, whole = 0., max(sum(k.values()) for k in parts.values())
+        left, whole = 0.0, max(sum(k.values()) for k in parts.values())
         for kind, seconds in kinds.items():
-            axis.barh(y, 1000 * seconds, left=1000 * left, color=KIND_COLOURS[kind], edgecolor="white", linewidth=.5, label=kind if y == 0 else None)
-            if seconds > whole / 25: axis.text(1000 * (left + seconds / 2), y, f"{1000 * seconds:.1f}", ha="center", va="center", fontsize=8)
+            axis.barh(
+                y,
+                1000 * seconds,
+                left=1000 * left,
+                color=KIND_COLOURS[kind],
+                edgecolor="white",
+                linewidth=0.5,
+                label=kind if y == 0 else None,
+            )
+            if seconds > whole / 25:
+                axis.text(
+                    1000 * (left + seconds / 2),
+                    y,
+                    f"{1000 * seconds:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
             left += seconds
     axis.axvline(1000 * reference, color=INK, linestyle="--", linewidth=1, label="plain NumPy")
     axis.set_yticks(range(len(parts)), list(parts))
@@ -57,16 +101,23 @@ def where_time_goes(
 
 # %% ../../nbs/viz/06_speed.ipynb #aae8287f
 def workers_at_work(
-    tracks: Sequence[Sequence[tuple[str, float, float]]],  # of each worker: kind, from and to, in seconds since the epoch began
+    tracks: Sequence[
+        Sequence[tuple[str, float, float]]
+    ],  # of each worker: kind, from and to, in seconds since the epoch began
     title: str,
 ) -> Sheet:
     "A lane for each worker, coloured by what it does."
-    figure = sheet(8, 1.2 + .42 * len(tracks), title)
+    figure = sheet(8, 1.2 + 0.42 * len(tracks), title)
     axis = figure.add_subplot(xlabel="ms since the epoch began")
     for kind, colour in KIND_COLOURS.items():
         for y, spans in enumerate(tracks):
-            axis.broken_barh([(1000 * start, 1000 * (end - start)) for k, start, end in spans if k == kind], (y - .4, .8), color=colour, linewidth=0,
-                             label=kind if y == 0 else None)
+            axis.broken_barh(
+                [(1000 * start, 1000 * (end - start)) for k, start, end in spans if k == kind],
+                (y - 0.4, 0.8),
+                color=colour,
+                linewidth=0,
+                label=kind if y == 0 else None,
+            )
     axis.set_yticks(range(len(tracks)), [f"worker {y}" for y in range(len(tracks))])
     axis.margins(x=0)
     axis.invert_yaxis()
@@ -76,60 +127,126 @@ def workers_at_work(
 # %% ../../nbs/viz/06_speed.ipynb #de2043d3
 def growth(
     points: Sequence,  # as from `local.bench.grow`
-    lines: dict,       # as from `local.bench.lines`
-    axis_name: str,    # what grows
+    lines: dict,  # as from `local.bench.lines`
+    axis_name: str,  # what grows
     title: str,
 ) -> Sheet:
     "Time of an epoch against size."
     figure, values = sheet(8, 3.3, title), sorted({point.value for point in points})
-    axis = figure.add_subplot(xlabel=axis_name, ylabel="ms per epoch", xscale="log", yscale="log")
+    axis = figure.add_subplot(
+        xlabel=axis_name, ylabel="ms per epoch", xscale="log", yscale="log"
+    )
     between = np.geomspace(values[0], values[-1], 50)
     for name, line in lines.items():
-        (colour, mark), mine = LOOKS.get(name, OTHERS), [point for point in points if point.name == name]
-        axis.plot(between, 1000 * (line.once + line.each * between), color=colour, linewidth=1, linestyle="--")
-        spread = 1000 * np.array([[point.median - point.fastest, point.slowest - point.median] for point in mine]).T
-        axis.errorbar([point.value for point in mine], [1000 * point.median for point in mine], spread, color=colour, marker=mark, markersize=5, linestyle="none", label=name)
+        (colour, mark), mine = (
+            LOOKS.get(name, OTHERS),
+            [point for point in points if point.name == name],
+        )
+        axis.plot(
+            between,
+            1000 * (line.once + line.each * between),
+            color=colour,
+            linewidth=1,
+            linestyle="--",
+        )
+        spread = (
+            1000
+            * np.array(
+                [
+                    [point.median - point.fastest, point.slowest - point.median]
+                    for point in mine
+                ]
+            ).T
+        )
+        axis.errorbar(
+            [point.value for point in mine],
+            [1000 * point.median for point in mine],
+            spread,
+            color=colour,
+            marker=mark,
+            markersize=5,
+            linestyle="none",
+            label=name,
+        )
     axis.set_xticks(values, [f"{value:,}" for value in values])
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
-    axis.grid(alpha=.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
 
 # %% ../../nbs/viz/06_speed.ipynb #d32a2e3f
 def lasting(
     runs: dict[str, Sequence],  # by name, as from `local.bench.long_run`
-    title: str="A long run: time of an epoch, and memory of the parameter server",
+    title: str = "A long run: time of an epoch, and memory of the parameter server",
 ) -> Sheet:
     "Time and memory of the stretches of a run."
     figure = sheet(8, 2.8, title)
     time, memory = figure.subplots(1, 2, sharex=True)
     for name, moments in runs.items():
         (colour, mark), epochs = LOOKS.get(name, OTHERS), [moment.epoch for moment in moments]
-        time.plot(epochs, [1000 * moment.seconds for moment in moments], color=colour, marker=mark, markersize=5, linewidth=1, label=name)
-        memory.plot(epochs, [moment.memory / 1e6 for moment in moments], color=colour, marker=mark, markersize=5, linewidth=1, label=name)
+        time.plot(
+            epochs,
+            [1000 * moment.seconds for moment in moments],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            linewidth=1,
+            label=name,
+        )
+        memory.plot(
+            epochs,
+            [moment.memory / 1e6 for moment in moments],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            linewidth=1,
+            label=name,
+        )
     for axis, label in ((time, "ms per epoch"), (memory, "MB at most")):
         axis.set(xlabel="epochs done", ylabel=label, xscale="log")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
-        axis.grid(alpha=.3)
+        axis.grid(alpha=0.3)
     time.legend(fontsize=8)
     return figure
 
 # %% ../../nbs/viz/06_speed.ipynb #115551b3
 def speed_up(
     points: Sequence,  # as from `local.bench.more_workers`
-    title: str="More workers: how many times as fast as one",
+    title: str = "More workers: how many times as fast as one",
 ) -> Sheet:
     "A bar for each granularity and number of workers; the line is what would be ideal."
-    names, counts = (list(dict.fromkeys(getattr(point, field) for point in points)) for field in ("name", "value"))
-    figure, found = sheet(8, 2.6, title), {(point.name, point.value): point.median for point in points}
-    axis, width = figure.add_subplot(ylabel="times as fast"), .8 / len(counts)
+    names, counts = (
+        list(dict.fromkeys(getattr(point, field) for point in points))
+        for field in ("name", "value")
+    )
+    figure, found = (
+        sheet(8, 2.6, title),
+        {(point.name, point.value): point.median for point in points},
+    )
+    axis, width = figure.add_subplot(ylabel="times as fast"), 0.8 / len(counts)
     for x, name in enumerate(names):
         for i, count in enumerate(counts):
-            left, times = x - .4 + i * width, found[name, counts[0]] / found[name, count]
-            axis.bar(left, times, .95 * width, align="edge", color=LOOKS.get(name, OTHERS)[0], alpha=1 if i else .55)
-            axis.plot([left, left + .95 * width], [count / counts[0]] * 2, color=INK, linewidth=1.5)
-            axis.text(left + width / 2, times / 2, f"{times:.2f}\n{count} worker{'s' * (count > 1)}", ha="center", va="center", fontsize=8)
+            left, times = x - 0.4 + i * width, found[name, counts[0]] / found[name, count]
+            axis.bar(
+                left,
+                times,
+                0.95 * width,
+                align="edge",
+                color=LOOKS.get(name, OTHERS)[0],
+                alpha=1 if i else 0.55,
+            )
+            axis.plot(
+                [left, left + 0.95 * width], [count / counts[0]] * 2, color=INK, linewidth=1.5
+            )
+            axis.text(
+                left + width / 2,
+                times / 2,
+                f"{times:.2f}\n{count} worker{'s' * (count > 1)}",
+                ha="center",
+                va="center",
+                fontsize=8,
+            )
     axis.set_xticks(range(len(names)), names)
     return figure

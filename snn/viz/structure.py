@@ -14,46 +14,114 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from ..maths.parameters import Parameters
-from .style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, YELLOW, Sheet, sheet
+from snn.viz.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Sheet,
+    sheet,
+)
 
 # %% ../../nbs/viz/02_structure.ipynb #d81930c7
 def draw_box(
     axis: Axes,
-    x: float, y: float,              # the middle
-    width: float, height: float,
-    text: str,                       # the first line is the name
+    x: float,
+    y: float,  # the middle
+    width: float,
+    height: float,
+    text: str,  # the first line is the name
     colour: str,
-    copies: int=1,                   # that are drawn behind one another
+    copies: int = 1,  # that are drawn behind one another
 ) -> None:
     "A box with a text in it."
     for k in range(copies - 1, -1, -1):
-        corner = (x - width / 2 + .12 * k, y - height / 2 + .12 * k)
-        axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=.12", facecolor="white", edgecolor=colour, linewidth=1.6, zorder=2))
+        corner = (x - width / 2 + 0.12 * k, y - height / 2 + 0.12 * k)
+        axis.add_patch(
+            FancyBboxPatch(
+                corner,
+                width,
+                height,
+                boxstyle="round,pad=0,rounding_size=.12",
+                facecolor="white",
+                edgecolor=colour,
+                linewidth=1.6,
+                zorder=2,
+            )
+        )
     name, *rest = text.split("\n")
-    axis.text(x, y + .17 * len(rest), name, ha="center", va="center", fontsize=8.5, fontweight="bold", color=INK, zorder=3)
-    if rest: axis.text(x, y - .2, "\n".join(rest), ha="center", va="center", fontsize=7.5, color=INK, zorder=3)
+    axis.text(
+        x,
+        y + 0.17 * len(rest),
+        name,
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        fontweight="bold",
+        color=INK,
+        zorder=3,
+    )
+    if rest:
+        axis.text(
+            x,
+            y - 0.2,
+            "\n".join(rest),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+            zorder=3,
+        )
 
 # %% ../../nbs/viz/02_structure.ipynb #2170480d
 def draw_arrow(
     axis: Axes,
     start: tuple[float, float],
     end: tuple[float, float],
-    text: str="",
-    colour: str=GREY,
-    bend: float=0,               # 0 is straight
-    at: tuple[float, float]=(0, .16),  # where the text stands, from the arrow's middle
-    both: bool=False,            # heads at both ends
+    text: str = "",
+    colour: str = GREY,
+    bend: float = 0,  # 0 is straight
+    at: tuple[float, float] = (0, 0.16),  # where the text stands, from the arrow's middle
+    both: bool = False,  # heads at both ends
 ) -> None:
     "An arrow with a text beside it."
-    axis.annotate("", end, start, arrowprops={"arrowstyle": "<|-|>" if both else "-|>", "color": colour, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0,
-                                              "connectionstyle": f"arc3,rad={bend}"}, zorder=1)
-    if text: axis.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], text, ha="center", va="center", fontsize=7.5, color=INK, zorder=4,
-                       bbox={"facecolor": "white", "edgecolor": "none", "pad": .8})
+    axis.annotate(
+        "",
+        end,
+        start,
+        arrowprops={
+            "arrowstyle": "<|-|>" if both else "-|>",
+            "color": colour,
+            "linewidth": 1.3,
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "connectionstyle": f"arc3,rad={bend}",
+        },
+        zorder=1,
+    )
+    if text:
+        axis.text(
+            (start[0] + end[0]) / 2 + at[0],
+            (start[1] + end[1]) / 2 + at[1],
+            text,
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
 
 # %% ../../nbs/viz/02_structure.ipynb #70397829
 def _canvas(width: float, height: float, title: str) -> tuple[Sheet, Axes]:
     "A sheet with an empty area of `width` times `height` units, 12 of which fill its width."
-    figure = sheet(8.4, 8.4 * height / width + .3)
+    figure = sheet(8.4, 8.4 * height / width + 0.3)
     axis = figure.add_subplot(xlim=(0, width), ylim=(0, height), aspect="equal")
     axis.set_axis_off()
     axis.set_title(title, fontsize=11)
@@ -67,43 +135,53 @@ def architecture() -> Sheet:
     draw_box(axis, 4, 4.9, 1.9, 1, "LaunchLambda\none per epoch", ORANGE)
     draw_box(axis, 6.95, 4.9, 1.9, 1, "TrainerLambda\none per mini-batch", ORANGE, 3)
     draw_box(axis, 10.2, 4.9, 1.9, 1, "NeuronLambda\none per neuron", ORANGE, 4)
-    draw_box(axis, 8.6, 2.75, 2.5, .9, "Redis: parameter server\nweights, activations, barriers", BLUE)
-    draw_box(axis, 4.75, 2.75, 2.2, .9, "DynamoDB: ledger\ncosts, invocations", BLUE)
-    draw_box(axis, 1.15, 2.75, 1.8, .9, "SNS\nmail to the owner", PURPLE)
-    draw_box(axis, 1.35, .65, 2.2, .9, "S3 bucket\nresults.json, params.h5", GREEN)
-    draw_box(axis, 5.2, .65, 2.1, .9, "CodePipeline\nbuild, test, approve", PURPLE)
-    draw_box(axis, 9.3, .65, 2.6, .9, "Prediction API\nFargate, blue and green", PURPLE)
+    draw_box(
+        axis,
+        8.6,
+        2.75,
+        2.5,
+        0.9,
+        "Redis: parameter server\nweights, activations, barriers",
+        BLUE,
+    )
+    draw_box(axis, 4.75, 2.75, 2.2, 0.9, "DynamoDB: ledger\ncosts, invocations", BLUE)
+    draw_box(axis, 1.15, 2.75, 1.8, 0.9, "SNS\nmail to the owner", PURPLE)
+    draw_box(axis, 1.35, 0.65, 2.2, 0.9, "S3 bucket\nresults.json, params.h5", GREEN)
+    draw_box(axis, 5.2, 0.65, 2.1, 0.9, "CodePipeline\nbuild, test, approve", PURPLE)
+    draw_box(axis, 9.3, 0.65, 2.6, 0.9, "Prediction API\nFargate, blue and green", PURPLE)
     draw_arrow(axis, (2.05, 4.9), (3.05, 4.9), "upload")
     draw_arrow(axis, (4.95, 5.1), (6, 5.1), "start")
-    draw_arrow(axis, (6, 4.7), (4.95, 4.7), "last one", GREY, at=(0, -.2))
+    draw_arrow(axis, (6, 4.7), (4.95, 4.7), "last one", GREY, at=(0, -0.2))
     draw_arrow(axis, (8.25, 5.1), (9.25, 5.1), "each layer")
-    draw_arrow(axis, (9.25, 4.7), (8.25, 4.7), "last one", at=(0, -.2))
+    draw_arrow(axis, (9.25, 4.7), (8.25, 4.7), "last one", at=(0, -0.2))
     draw_arrow(axis, (6.95, 4.4), (7.9, 3.2), both=True)
     draw_arrow(axis, (10.2, 4.4), (9.4, 3.2), both=True)
     draw_arrow(axis, (6.4, 4.4), (5.4, 3.2), both=True)
     draw_arrow(axis, (3.5, 4.4), (1.6, 3.2))
-    draw_arrow(axis, (3.75, 4.4), (2.45, 1.1), "finished", at=(-.3, -.8))
-    draw_arrow(axis, (2.45, .65), (4.15, .65), "new model")
-    draw_arrow(axis, (6.25, .65), (8, .65), "deploys")
+    draw_arrow(axis, (3.75, 4.4), (2.45, 1.1), "finished", at=(-0.3, -0.8))
+    draw_arrow(axis, (2.45, 0.65), (4.15, 0.65), "new model")
+    draw_arrow(axis, (6.25, 0.65), (8, 0.65), "deploys")
     return figure
 
 # %% ../../nbs/viz/02_structure.ipynb #dedb41e5
 MOST = 11  # neurons of a layer that are drawn
 
+
 def shown_neurons(
     n: int,
-) -> list[int]: # their numbers; -1 stands for those between
+) -> list[int]:  # their numbers; -1 stands for those between
     "Which neurons of a layer of `n` are drawn."
     return list(range(n)) if n <= MOST else [*range(MOST // 2), -1, *range(n - MOST // 2, n)]
 
+
 def neuron_places(
     sizes: Sequence[int],  # of the layers
-) -> list[dict[int, tuple[float, float]]]: # per layer: neuron -> (x, y)
+) -> list[dict[int, tuple[float, float]]]:  # per layer: neuron -> (x, y)
     "Where a network's neurons are drawn: x from 1, a layer each; y from -1 to 1."
     places = []
     for x, n in enumerate(sizes, start=1):
         shown = shown_neurons(n)
-        ys = np.linspace(1, -1, len(shown)) if len(shown) > 1 else [0.]
+        ys = np.linspace(1, -1, len(shown)) if len(shown) > 1 else [0.0]
         places.append({j: (x, float(y) * min(1, len(shown) / 8)) for j, y in zip(shown, ys)})
     return places
 
@@ -114,71 +192,159 @@ def network(
 ) -> Sheet:
     "A network's layers, with the shapes of their weights."
     figure = sheet(8, 3.6)
-    axis = figure.add_subplot(title=f"{sum(parameters.sizes)} neurons in {parameters.layers} layers", xlim=(-.5, parameters.layers + .5), ylim=(-1.75, 1.3))
+    axis = figure.add_subplot(
+        title=f"{sum(parameters.sizes)} neurons in {parameters.layers} layers",
+        xlim=(-0.5, parameters.layers + 0.5),
+        ylim=(-1.75, 1.3),
+    )
     axis.set_axis_off()
     places = neuron_places(parameters.sizes)
-    axis.add_patch(FancyBboxPatch((-.16, -1), .32, 2, boxstyle="round,pad=0,rounding_size=.05", facecolor=PALE, edgecolor=GREY))
-    axis.text(0, 0, f"{n_inputs:,} pixel values", rotation=90, ha="center", va="center", fontsize=8.5)
-    before = [(.16, y) for y in np.linspace(.8, -.8, 5)]
+    axis.add_patch(
+        FancyBboxPatch(
+            (-0.16, -1),
+            0.32,
+            2,
+            boxstyle="round,pad=0,rounding_size=.05",
+            facecolor=PALE,
+            edgecolor=GREY,
+        )
+    )
+    axis.text(
+        0, 0, f"{n_inputs:,} pixel values", rotation=90, ha="center", va="center", fontsize=8.5
+    )
+    before = [(0.16, y) for y in np.linspace(0.8, -0.8, 5)]
     for l, layer in enumerate(places, start=1):
         points = [point for j, point in layer.items() if j >= 0]
         for x0, y0 in before:
-            for x1, y1 in points: axis.plot([x0, x1], [y0, y1], color="#cccccc", linewidth=.5, zorder=1, antialiased=False)
+            for x1, y1 in points:
+                axis.plot(
+                    [x0, x1],
+                    [y0, y1],
+                    color="#cccccc",
+                    linewidth=0.5,
+                    zorder=1,
+                    antialiased=False,
+                )
         axis.scatter(*zip(*points), s=90, color=SKY, edgecolor=BLUE, zorder=2)
-        if -1 in layer: axis.text(*layer[-1], "⋮", ha="center", va="center", zorder=3)
+        if -1 in layer:
+            axis.text(*layer[-1], "⋮", ha="center", va="center", zorder=3)
         n, n_prev = parameters.sizes[l - 1], n_inputs if l == 1 else parameters.sizes[l - 2]
-        axis.text(l, -1.2, f"layer {l}\n{n} × {parameters.activation(l)}\nW{l}: {n} × {n_prev:,}", ha="center", va="top", fontsize=8)
+        axis.text(
+            l,
+            -1.2,
+            f"layer {l}\n{n} × {parameters.activation(l)}\nW{l}: {n} × {n_prev:,}",
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
         before = points
     return figure
 
 # %% ../../nbs/viz/02_structure.ipynb #c04f2c9e
 def data_parallel(
-    batches: int,              # mini-batches in an epoch
-    sizes: Sequence[int],      # neurons per layer
+    batches: int,  # mini-batches in an epoch
+    sizes: Sequence[int],  # neurons per layer
 ) -> Sheet:
     "One epoch: the mini-batches side by side, and the barrier between it and the next."
     lanes = min(batches, 4)
-    figure, axis = _canvas(12, 1.3 * lanes + .9, f"One epoch: {batches} mini-batch{'es' if batches > 1 else ''} of {sum(sizes)} neurons side by side")
-    middle = .65 * lanes + .45
+    figure, axis = _canvas(
+        12,
+        1.3 * lanes + 0.9,
+        f"One epoch: {batches} mini-batch{'es' if batches > 1 else ''} of {sum(sizes)} neurons side by side",
+    )
+    middle = 0.65 * lanes + 0.45
     draw_box(axis, 1, middle, 1.7, 1, "LaunchLambda\nshuffles, starts", ORANGE)
     draw_box(axis, 11, middle, 1.7, 1, "LaunchLambda\nchooses, goes on", ORANGE)
-    axis.plot([9.55, 9.55], [.2, 1.3 * lanes + .6], color=VERMILLION, linewidth=4)
-    axis.text(9.55, .02, "barrier", ha="center", va="center", fontsize=8, color=INK)
+    axis.plot([9.55, 9.55], [0.2, 1.3 * lanes + 0.6], color=VERMILLION, linewidth=4)
+    axis.text(9.55, 0.02, "barrier", ha="center", va="center", fontsize=8, color=INK)
     for k in range(lanes):
-        y = 1.3 * (lanes - k) - .2
-        name = f"mini-batch {k}" if k < lanes - 1 or batches == lanes else f"mini-batch {batches - 1}"
+        y = 1.3 * (lanes - k) - 0.2
+        name = (
+            f"mini-batch {k}"
+            if k < lanes - 1 or batches == lanes
+            else f"mini-batch {batches - 1}"
+        )
         draw_arrow(axis, (1.85, middle), (2.5, y))
         _draw_lane(axis, y, name, sizes)
         draw_arrow(axis, (9, y), (9.5, y))
     draw_arrow(axis, (9.6, middle), (10.15, middle))
     return figure
 
+
 def _draw_lane(axis: Axes, y: float, name: str, sizes: Sequence[int]) -> None:
     "One mini-batch: forward through the layers, cost, backward through them."
-    steps = [*((f"{n}", SKY) for n in sizes), ("cost", YELLOW), *((f"{n}", ORANGE) for n in reversed(sizes))]
-    axis.text(2.55, y + .42, f"{name}: forward, cost, backward", fontsize=7.5, va="center", color=INK)
+    steps = [
+        *((f"{n}", SKY) for n in sizes),
+        ("cost", YELLOW),
+        *((f"{n}", ORANGE) for n in reversed(sizes)),
+    ]
+    axis.text(
+        2.55,
+        y + 0.42,
+        f"{name}: forward, cost, backward",
+        fontsize=7.5,
+        va="center",
+        color=INK,
+    )
     width = 6.45 / len(steps)
     for i, (text, colour) in enumerate(steps):
-        axis.add_patch(FancyBboxPatch((2.55 + i * width, y - .25), width * .8, .5, boxstyle="round,pad=0,rounding_size=.08", facecolor=colour, edgecolor="none", alpha=.75))
-        axis.text(2.55 + i * width + width * .4, y, text, ha="center", va="center", fontsize=7.5, color=INK)
+        axis.add_patch(
+            FancyBboxPatch(
+                (2.55 + i * width, y - 0.25),
+                width * 0.8,
+                0.5,
+                boxstyle="round,pad=0,rounding_size=.08",
+                facecolor=colour,
+                edgecolor="none",
+                alpha=0.75,
+            )
+        )
+        axis.text(
+            2.55 + i * width + width * 0.4,
+            y,
+            text,
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+        )
 
 # %% ../../nbs/viz/02_structure.ipynb #26663bbe
 def timeline(
     spans: Sequence[tuple[float, float]],  # begin and end of each, seconds
-    read: float,                           # when the next function read what they left, seconds
+    read: float,  # when the next function read what they left, seconds
     title: str,
-    name: str="neuron",
+    name: str = "neuron",
 ) -> Sheet:
     "Who worked when, and who was not ready when the next function read."
-    figure = sheet(8, .8 + .24 * len(spans))
-    axis = figure.add_subplot(xlabel="milliseconds", title=title, yticks=range(len(spans)), yticklabels=[f"{name} {j}" for j in range(len(spans))])
+    figure = sheet(8, 0.8 + 0.24 * len(spans))
+    axis = figure.add_subplot(
+        xlabel="milliseconds",
+        title=title,
+        yticks=range(len(spans)),
+        yticklabels=[f"{name} {j}" for j in range(len(spans))],
+    )
     origin = min(begin for begin, _ in spans)
     for j, (begin, end) in enumerate(spans):
         late = end > read
-        axis.barh(j, 1000 * (end - begin), left=1000 * (begin - origin), height=.65, color=VERMILLION if late else SKY, hatch="//" if late else None, edgecolor="white")
-        if late: axis.text(1000 * (end - origin), j, " too late", va="center", fontsize=8)
+        axis.barh(
+            j,
+            1000 * (end - begin),
+            left=1000 * (begin - origin),
+            height=0.65,
+            color=VERMILLION if late else SKY,
+            hatch="//" if late else None,
+            edgecolor="white",
+        )
+        if late:
+            axis.text(1000 * (end - origin), j, " too late", va="center", fontsize=8)
     axis.axvline(1000 * (read - origin), color=INK, linewidth=2)
-    axis.text(1000 * (read - origin), -.75, " the next function reads", fontsize=8, va="center")
-    axis.set(ylim=(len(spans) - .4, -1.2), xlim=(0, max(1150 * (max(end for _, end in spans) - origin), 1300 * (read - origin))))
+    axis.text(
+        1000 * (read - origin), -0.75, " the next function reads", fontsize=8, va="center"
+    )
+    axis.set(
+        ylim=(len(spans) - 0.4, -1.2),
+        xlim=(0, max(1150 * (max(end for _, end in spans) - origin), 1300 * (read - origin))),
+    )
     axis.spines[["top", "right"]].set_visible(False)
     return figure

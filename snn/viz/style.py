@@ -18,49 +18,72 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/viz/01_style.ipynb #e4622e10
-BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#d55e00", "#cc79a7"
+BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE = (
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#f0e442",
+    "#e69f00",
+    "#d55e00",
+    "#cc79a7",
+)
 INK, GREY, PALE = "#222222", "#767676", "#e8e8e8"
 
 # %% ../../nbs/viz/01_style.ipynb #1546e73d
 class Sheet(Figure):
     "A matplotlib figure that a notebook shows as a small PNG with a description."
+
     colours = 64  # of a PNG with pictures on it
 
     @property
     def description(self) -> str:
         "The titles on the sheet."
-        titles = [self.get_suptitle()] if self.get_suptitle() else [axis.get_title() for axis in self.axes]
-        return "; ".join(dict.fromkeys(" ".join(title.split()) for title in titles if title))[:300]
+        titles = (
+            [self.get_suptitle()]
+            if self.get_suptitle()
+            else [axis.get_title() for axis in self.axes]
+        )
+        return "; ".join(dict.fromkeys(" ".join(title.split()) for title in titles if title))[
+            :300
+        ]
 
     def png(self) -> bytes:
         "The sheet as a PNG of few colours, chosen so that no line loses its own."
         drawn, small = BytesIO(), BytesIO()
         self.savefig(drawn, format="png", dpi=self.dpi)
         pictures = any(axis.images for axis in self.axes)
-        chosen = {"colors": self.colours, "kmeans": 1} if pictures else {"colors": 128, "method": Image.Quantize.FASTOCTREE}
-        Image.open(drawn).convert("RGB").quantize(**chosen, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        chosen = (
+            {"colors": self.colours, "kmeans": 1}
+            if pictures
+            else {"colors": 128, "method": Image.Quantize.FASTOCTREE}
+        )
+        Image.open(drawn).convert("RGB").quantize(**chosen, dither=Image.Dither.NONE).save(
+            small, "PNG", optimize=True
+        )
         return small.getvalue()
 
-    def _repr_png_(self) -> tuple[bytes, dict]: return self.png(), {"alt": self.description}
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        return self.png(), {"alt": self.description}
 
 # %% ../../nbs/viz/01_style.ipynb #c0d3635f
 def sheet(
-    width: float=8,   # inches; 8 fill a notebook's column
-    height: float=3,  # inches
-    title: str="",    # over all
+    width: float = 8,  # inches; 8 fill a notebook's column
+    height: float = 3,  # inches
+    title: str = "",  # over all
 ) -> Sheet:
     "An empty sheet; needs no screen."
     figure = Sheet(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    if title: figure.suptitle(title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 # %% ../../nbs/viz/01_style.ipynb #b14189e7
 def show_image(
     axis: Axes,
-    image: np.ndarray,     # (size, size, 3)
-    title: str="",
-    colour: str=INK,       # of the title
+    image: np.ndarray,  # (size, size, 3)
+    title: str = "",
+    colour: str = INK,  # of the title
 ) -> None:
     "A picture without scales."
     axis.imshow(image, interpolation="nearest")
@@ -69,20 +92,23 @@ def show_image(
 
 # %% ../../nbs/viz/01_style.ipynb #b993bd79
 def gallery(
-    images: Sequence[np.ndarray],   # (size, size, 3) each
-    titles: Sequence[str]=(),       # one for each, or none
-    columns: int=8,
-    title: str="",                  # over all
-    colours: Sequence[str]=(),      # of the titles
+    images: Sequence[np.ndarray],  # (size, size, 3) each
+    titles: Sequence[str] = (),  # one for each, or none
+    columns: int = 8,
+    title: str = "",  # over all
+    colours: Sequence[str] = (),  # of the titles
 ) -> Sheet:
     "Pictures in rows, in their order."
     rows = max(1, ceil(len(images) / columns))
     lines = max([text.count("\n") + 1 for text in titles], default=0)
-    figure = sheet(8, rows * (8 / columns + .16 * lines) + .35 * bool(title), title)
+    figure = sheet(8, rows * (8 / columns + 0.16 * lines) + 0.35 * bool(title), title)
     figure.colours = 32  # photographs hide it
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes: axis.set_axis_off()
+    for axis in axes:
+        axis.set_axis_off()
     for i, (axis, image) in enumerate(zip(axes, images)):
         axis.set_axis_on()
-        show_image(axis, image, titles[i] if len(titles) else "", colours[i] if len(colours) else INK)
+        show_image(
+            axis, image, titles[i] if len(titles) else "", colours[i] if len(colours) else INK
+        )
     return figure

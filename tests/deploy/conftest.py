@@ -1,4 +1,5 @@
 """Packages are built once, for the interpreter that runs the tests, from wheels that the cache folder keeps."""
+
 import numpy as np
 import pytest
 
@@ -29,8 +30,17 @@ def account(aws):
 @pytest.fixture(scope="session")
 def parameters():
     "Of a small network."
-    return from_dict({"epochs": 3, "layers": 2, "neurons": {"layer1": 3, "layer2": 1}, "learning_rate": .1, "batch_size": 10,
-                      "activations": {"layer1": "relu", "layer2": "sigmoid"}, "threshold": 0})
+    return from_dict(
+        {
+            "epochs": 3,
+            "layers": 2,
+            "neurons": {"layer1": 3, "layer2": 1},
+            "learning_rate": 0.1,
+            "batch_size": 10,
+            "activations": {"layer1": "relu", "layer2": "sigmoid"},
+            "threshold": 0,
+        }
+    )
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +48,7 @@ def datasets(tmp_path_factory):
     "Path of a small data set."
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "datasets.h5"
     pictures = lambda m: rng.integers(0, 256, (m, 8, 8, 3), dtype=np.uint8)
-    data.write(data.Datasets(pictures(20), np.arange(20) % 2, pictures(4), np.arange(4) % 2), path)
+    data.write(
+        data.Datasets(pictures(20), np.arange(20) % 2, pictures(4), np.arange(4) % 2), path
+    )
     return path

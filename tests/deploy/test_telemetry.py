@@ -1,5 +1,6 @@
 """What the functions write is what the stack looks for: a run on the real packages with the settings of the rendered
 template, on Lambda's own client, and every line of it read."""
+
 import json
 import re
 import sys
@@ -32,19 +33,38 @@ def function(name: str, packages: dict, here: dict[str, str]) -> Function:
     "A function as the template describes it; only the addresses of services are those here."
     properties = TEMPLATES["functions.yaml"]["Resources"][f"{name}Function"]["Properties"]
     module, entry = properties["Handler"].rsplit(".", 1)
-    package, = (package for package, modules in HANDLERS.items() if module in modules)
+    (package,) = (package for package, modules in HANDLERS.items() if module in modules)
     settings = render(properties["Environment"]["Variables"], GIVEN, {})
-    return Function(render(properties["FunctionName"], GIVEN, {}), f"{module}.{entry}", unzip(packages[package]), {**settings, **here}, 30, concurrency=1)
+    return Function(
+        render(properties["FunctionName"], GIVEN, {}),
+        f"{module}.{entry}",
+        unzip(packages[package]),
+        {**settings, **here},
+        30,
+        concurrency=1,
+    )
 
 
 class Cloud:
     "What a run needs, and the file that takes what the functions write."
+
     def __init__(self, packages, folder: Path):
         self.server, self.aws, self.log = parameter_server(), local_aws(), folder / "lines"
-        here = {**self.aws.environment(), "SNN_REDIS_URL": self.server.url, "SNN_REDIS_SECRET": "", "HOME": str(folder), "SNN_BUCKET": "cats"}
+        here = {
+            **self.aws.environment(),
+            "SNN_REDIS_URL": self.server.url,
+            "SNN_REDIS_SECRET": "",
+            "HOME": str(folder),
+            "SNN_BUCKET": "cats",
+        }
         self.file = self.log.open("w")
-        self.runtime = Runtime([function(name, packages, here) for name in FUNCTIONS], log=self.file.fileno())
-        self.services, self.bucket = Services({**here, "SNN_LEDGER": "store"}), Bucket(self.aws.client("s3"), "cats")
+        self.runtime = Runtime(
+            [function(name, packages, here) for name in FUNCTIONS], log=self.file.fileno()
+        )
+        self.services, self.bucket = (
+            Services({**here, "SNN_LEDGER": "store"}),
+            Bucket(self.aws.client("s3"), "cats"),
+        )
         self.aws.client("s3").create_bucket(Bucket="cats")
         create_tables(self.aws.client("dynamodb"), "Cats-")
 
@@ -52,7 +72,20 @@ class Cloud:
         "Upload, and tell LaunchLambda as S3 would."
         self.bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
         self.bucket.put("training_input/datasets.h5", datasets.read_bytes())
-        self.put("Launch", {"Records": [{"eventName": "ObjectCreated:Put", "s3": {"bucket": {"name": "cats"}, "object": {"key": "training_input/datasets.h5", "eTag": "abc"}}}]})
+        self.put(
+            "Launch",
+            {
+                "Records": [
+                    {
+                        "eventName": "ObjectCreated:Put",
+                        "s3": {
+                            "bucket": {"name": "cats"},
+                            "object": {"key": "training_input/datasets.h5", "eTag": "abc"},
+                        },
+                    }
+                ]
+            },
+        )
         return run_id(Upload("cats", "training_input/datasets.h5", "abc"), parameters)
 
     def put(self, name: str, event) -> None:
@@ -63,10 +96,15 @@ class Cloud:
 
     def lines(self) -> list[dict]:
         "What was written so far, but for what the client of Lambda says itself."
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith('{"level"')]
+        return [
+            json.loads(line)
+            for line in self.log.read_text().splitlines()
+            if line.startswith('{"level"')
+        ]
 
     def close(self):
-        for opened in (self.runtime, self.server, self.aws, self.file): opened.close()
+        for opened in (self.runtime, self.server, self.aws, self.file):
+            opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +118,24 @@ def cloud(packages, tmp_path_factory):
 def lines(cloud, until, parameters, datasets):
     "All that was written about a run, a duplicate, a stall, and a message that failed for good."
     run = cloud.start(parameters, datasets)
-    until(lambda: cloud.services.runs.knows(run) and cloud.state(run) == "finished", "the run has finished")
+    until(
+        lambda: cloud.services.runs.knows(run) and cloud.state(run) == "finished",
+        "the run has finished",
+    )
     cloud.put("Neuron", Message("NeuronLambda", "forward", run, 2, 0, 1, 0, 1, source=f"1/0"))
     said = lambda word: any(word in line["message"] for line in cloud.lines())
     until(lambda: said("duplicate"), "the duplicate was told")
 
-    other = msgspec.structs.replace(cloud.services.runs.plan(run), run="other", parameters=msgspec.structs.replace(parameters, epochs=10**6))
-    cloud.services.runs.begin(other)       # and nobody sends its first messages
+    other = msgspec.structs.replace(
+        cloud.services.runs.plan(run),
+        run="other",
+        parameters=msgspec.structs.replace(parameters, epochs=10**6),
+    )
+    cloud.services.runs.begin(other)  # and nobody sends its first messages
     record, store = f"{tag('other')}:run", cloud.services.store.client
     cloud.put("Launch", {"state": "watch"})
     until(lambda: store.hexists(record, "since"), "the watchdog has looked for the first time")
-    store.hset(record, "since", 0)         # as if that had been long ago
+    store.hset(record, "since", 0)  # as if that had been long ago
     cloud.put("Launch", {"state": "watch"})
     until(lambda: said("stalled"), "the stall was told")
     cloud.put("Neuron", Message("NeuronLambda", "forward", "other", 10**6, 0, 9, 0, 1))
@@ -106,18 +151,49 @@ def of(lines, name: str) -> list[dict]:
 
 
 def test_each_invocation_writes_one_line_that_says_what_it_was_about(lines):
-    for line in lines.all: assert {"level", "message", "timestamp", "service", "function_name", "function_request_id", "_aws"} <= line.keys()
-    neurons = [line for line in of(lines, "Neuron") if line.get("run") == lines.run and line["message"] == "finished"]
+    for line in lines.all:
+        assert {
+            "level",
+            "message",
+            "timestamp",
+            "service",
+            "function_name",
+            "function_request_id",
+            "_aws",
+        } <= line.keys()
+    neurons = [
+        line
+        for line in of(lines, "Neuron")
+        if line.get("run") == lines.run and line["message"] == "finished"
+    ]
     # Three epochs of two mini-batches, three neurons and one, forward; and back where it was worth it.
-    forward = {(line["epoch"], line["batch"], line["layer"], line["neuron"]) for line in neurons if line["direction"] == "forward"}
-    assert forward == {(epoch, batch, layer, neuron) for epoch in range(3) for batch in range(2) for layer, n in ((1, 3), (2, 1)) for neuron in range(n)}
+    forward = {
+        (line["epoch"], line["batch"], line["layer"], line["neuron"])
+        for line in neurons
+        if line["direction"] == "forward"
+    }
+    assert forward == {
+        (epoch, batch, layer, neuron)
+        for epoch in range(3)
+        for batch in range(2)
+        for layer, n in ((1, 3), (2, 1))
+        for neuron in range(n)
+    }
     ids = [line["function_request_id"] for line in lines.all if line["level"] != "ERROR"]
     assert len(set(ids)) == len(ids)
-    assert {(line["epoch"], line["direction"]) for line in of(lines, "Trainer") if line["run"] == lines.run} >= {(2, "start"), (2, "forward"), (2, "backward")}
+    assert {
+        (line["epoch"], line["direction"])
+        for line in of(lines, "Trainer")
+        if line["run"] == lines.run
+    } >= {(2, "start"), (2, "forward"), (2, "backward")}
 
 
 def test_the_costs_of_a_run_are_its_results(lines, cloud):
-    told = [line["Cost"][0] for line in of(lines, "Launch") if "Cost" in line and line["run"] == lines.run]
+    told = [
+        line["Cost"][0]
+        for line in of(lines, "Launch")
+        if "Cost" in line and line["run"] == lines.run
+    ]
     results = json.loads(cloud.bucket.get(f"training_results/{lines.run}/results.json"))
     assert told == [results[f"epoch{epoch}"]["cost"] for epoch in range(3)]
 
@@ -129,61 +205,151 @@ def emitted(lines) -> set:
         for part in line["_aws"]["CloudWatchMetrics"]:
             for dimensions in part["Dimensions"]:
                 for metric in part["Metrics"]:
-                    assert line[metric["Name"]] and all(isinstance(line[name], str) for name in dimensions)
-                    found.add((part["Namespace"], metric["Name"], frozenset((name, line[name]) for name in dimensions)))
+                    assert line[metric["Name"]] and all(
+                        isinstance(line[name], str) for name in dimensions
+                    )
+                    found.add(
+                        (
+                            part["Namespace"],
+                            metric["Name"],
+                            frozenset((name, line[name]) for name in dimensions),
+                        )
+                    )
     return found
 
 
 def test_dashboard_and_alarms_look_for_metrics_that_are_written(lines):
     resources = TEMPLATES["observability.yaml"]["Resources"]
-    wanted = dashboard_metrics(json.loads(render(resources["Dashboard"]["Properties"]["DashboardBody"], GIVEN, {}))["widgets"])
+    wanted = dashboard_metrics(
+        json.loads(render(resources["Dashboard"]["Properties"]["DashboardBody"], GIVEN, {}))[
+            "widgets"
+        ]
+    )
     for resource in resources.values():
-        if resource["Type"] != "AWS::CloudWatch::Alarm" or "Namespace" not in resource["Properties"]: continue
+        if (
+            resource["Type"] != "AWS::CloudWatch::Alarm"
+            or "Namespace" not in resource["Properties"]
+        ):
+            continue
         alarm = render(resource["Properties"], GIVEN, {})
-        wanted.add((alarm["Namespace"], alarm["MetricName"], frozenset((d["Name"], d["Value"]) for d in alarm["Dimensions"])))
+        wanted.add(
+            (
+                alarm["Namespace"],
+                alarm["MetricName"],
+                frozenset((d["Name"], d["Value"]) for d in alarm["Dimensions"]),
+            )
+        )
     ours = {metric for metric in wanted if metric[0] == NAMESPACE}
-    assert {name for _, name, _ in ours} == {"Cost", "Spent", "Invocations", "Duplicates", "Stalls", "Duration"}
-    seldom = {metric for metric in ours if metric[1] == "Duplicates"}   # only a neuron has met one here
+    assert {name for _, name, _ in ours} == {
+        "Cost",
+        "Spent",
+        "Invocations",
+        "Duplicates",
+        "Stalls",
+        "Duration",
+    }
+    seldom = {
+        metric for metric in ours if metric[1] == "Duplicates"
+    }  # only a neuron has met one here
     assert ours - seldom <= emitted(lines) and seldom & emitted(lines)
     # Those of AWS itself are of functions and queues that there are.
-    names = {render(r["Properties"][key], GIVEN, {}) for r in TEMPLATES["functions.yaml"]["Resources"].values() for key in ("FunctionName", "QueueName") if isinstance(r["Properties"].get(key), dict)}
-    assert {dict(dimensions).popitem()[1] for namespace, _, dimensions in wanted if namespace != NAMESPACE} <= names
+    names = {
+        render(r["Properties"][key], GIVEN, {})
+        for r in TEMPLATES["functions.yaml"]["Resources"].values()
+        for key in ("FunctionName", "QueueName")
+        if isinstance(r["Properties"].get(key), dict)
+    }
+    assert {
+        dict(dimensions).popitem()[1]
+        for namespace, _, dimensions in wanted
+        if namespace != NAMESPACE
+    } <= names
 
 
 def queries() -> dict[str, str]:
-    return {name: render(resource["Properties"]["QueryString"], GIVEN, {}) for name, resource in TEMPLATES["observability.yaml"]["Resources"].items()
-            if resource["Type"] == "AWS::Logs::QueryDefinition"}
+    return {
+        name: render(resource["Properties"]["QueryString"], GIVEN, {})
+        for name, resource in TEMPLATES["observability.yaml"]["Resources"].items()
+        if resource["Type"] == "AWS::Logs::QueryDefinition"
+    }
 
 
-WORDS = {"fields", "filter", "sort", "limit", "stats", "desc", "as", "and", "in", "by", "count", "min", "max", "sum", "ispresent"}
+WORDS = {
+    "fields",
+    "filter",
+    "sort",
+    "limit",
+    "stats",
+    "desc",
+    "as",
+    "and",
+    "in",
+    "by",
+    "count",
+    "min",
+    "max",
+    "sum",
+    "ispresent",
+}
 
 
-@pytest.mark.parametrize("name, of_lines", [
-    ("NeuronQuery", lambda line: line["function_name"] == "Cats-NeuronLambda"), ("ErrorQuery", lambda line: line["level"] == "ERROR"),
-    ("EpochQuery", lambda line: line["function_name"] == "Cats-NeuronLambda")])
+@pytest.mark.parametrize(
+    "name, of_lines",
+    [
+        ("NeuronQuery", lambda line: line["function_name"] == "Cats-NeuronLambda"),
+        ("ErrorQuery", lambda line: line["level"] == "ERROR"),
+        ("EpochQuery", lambda line: line["function_name"] == "Cats-NeuronLambda"),
+    ],
+)
 def test_questions_ask_for_fields_that_lines_have(lines, name, of_lines):
     query = re.sub(r'"[^"]*"', "", queries()[name])
     aliases = set(re.findall(r"\bas (\w+)", query))
-    asked = {word.split(".")[0] for word in re.findall(r"(?<![\w@])[A-Za-z][\w.]*", query)} - WORDS - aliases
+    asked = (
+        {word.split(".")[0] for word in re.findall(r"(?<![\w@])[A-Za-z][\w.]*", query)}
+        - WORDS
+        - aliases
+    )
     line = next(line for line in lines.all if of_lines(line))
     assert len(asked) > 1 and asked <= line.keys()
 
 
 def test_the_log_says_what_neuron_2_of_layer_1_did_in_epoch_1(lines):
     condition = re.search(r"filter (.*)", queries()["NeuronQuery"])[1]
-    python = condition.replace("epoch = 12", "epoch == 1").replace("layer = 1", "layer == 1").replace("7", "2")
+    python = (
+        condition.replace("epoch = 12", "epoch == 1")
+        .replace("layer = 1", "layer == 1")
+        .replace("7", "2")
+    )
     assert python == "epoch == 1 and layer == 1 and neuron <= 2 and neuron + neurons > 2"
-    found = [line for line in of(lines, "Neuron") if line["run"] == lines.run and line["epoch"] == 1 and line["layer"] == 1 and line["neuron"] <= 2 < line["neuron"] + line["neurons"]]
-    assert {(line["batch"], line["direction"]) for line in found} >= {(0, "forward"), (1, "forward")} and any(line["direction"] == "backward" for line in found)
+    found = [
+        line
+        for line in of(lines, "Neuron")
+        if line["run"] == lines.run
+        and line["epoch"] == 1
+        and line["layer"] == 1
+        and line["neuron"] <= 2 < line["neuron"] + line["neurons"]
+    ]
+    assert {(line["batch"], line["direction"]) for line in found} >= {
+        (0, "forward"),
+        (1, "forward"),
+    } and any(line["direction"] == "backward" for line in found)
     assert all(line["neuron"] == 2 and line["Duration"][0] > 0 for line in found)
 
 
 def test_a_message_that_fails_for_good_ends_its_run_with_the_reason(lines, cloud):
     status = cloud.services.runs.status("other")
-    assert status.state == "failed" and "other/1000000/0/NeuronLambda/forward/9/0 failed 3 times: " in status.reason
-    assert json.loads(cloud.bucket.get("training_results/other/stopped.json"))["reason"] == status.reason
+    assert (
+        status.state == "failed"
+        and "other/1000000/0/NeuronLambda/forward/9/0 failed 3 times: " in status.reason
+    )
+    assert (
+        json.loads(cloud.bucket.get("training_results/other/stopped.json"))["reason"]
+        == status.reason
+    )
     failed = [line for line in of(lines, "Neuron") if line["level"] == "ERROR"]
-    assert len(failed) == 3 and all(line["layer"] == 9 and line["exception"] for line in failed)
+    assert len(failed) == 3 and all(
+        line["layer"] == 9 and line["exception"] for line in failed
+    )
     ending = next(line for line in of(lines, "Launch") if "run failed" in line["message"])
     assert "NeuronLambda/forward/9/0" in ending["message"]
 
@@ -193,7 +359,7 @@ def test_a_function_that_runs_out_of_time_says_so_and_stays_warm(cloud, until):
     patient = pool.function
     until(lambda: pool.idle, "LaunchLambda is idle")
     process = pool.idle[0].process.pid
-    pool.function = patient._replace(timeout=1)   # its reserve and nothing more
+    pool.function = patient._replace(timeout=1)  # its reserve and nothing more
     cloud.put("Launch", {"state": "watch"})
     until(lambda: any("OutOfTime" in line["message"] for line in cloud.lines()), "it said so")
     pool.function = patient

@@ -1,4 +1,5 @@
 """What a run has cost can be seen from outside its network."""
+
 import pytest
 
 from snn.cloud.ledger import DynamoLedger, create_tables
@@ -14,23 +15,28 @@ def ledger_and_account():
     with parameter_server() as server, local_aws() as aws:
         dynamodb = aws.client("dynamodb")
         create_tables(dynamodb, "Cats-")
-        yield DynamoLedger(Store(connect(server.url)), dynamodb, "Cats-"), Account("us-east-1", aws.url)
+        yield (
+            DynamoLedger(Store(connect(server.url)), dynamodb, "Cats-"),
+            Account("us-east-1", aws.url),
+        )
 
 
 def test_the_newest_amount_is_found_whatever_epochs_have_none(ledger_and_account):
     ledger, account = ledger_and_account
     assert newest_spent(account, "Cats", "run") is None
-    for epoch in range(6): ledger.cost(Message("TrainerLambda", "backward", "run", epoch, batch=0, layer=1), .5)
-    for epoch, dollars in ((1, .01), (3, .0305)): ledger.spent(Message("LaunchLambda", "next", "run", epoch), dollars)
-    assert newest_spent(account, "Cats", "run") == .0305
-    assert newest_cost(account, "Cats", "run") == (6, .5)
-    assert ledger.costs("run", 3) == {"batch0": .5}
+    for epoch in range(6):
+        ledger.cost(Message("TrainerLambda", "backward", "run", epoch, batch=0, layer=1), 0.5)
+    for epoch, dollars in ((1, 0.01), (3, 0.0305)):
+        ledger.spent(Message("LaunchLambda", "next", "run", epoch), dollars)
+    assert newest_spent(account, "Cats", "run") == 0.0305
+    assert newest_cost(account, "Cats", "run") == (6, 0.5)
+    assert ledger.costs("run", 3) == {"batch0": 0.5}
 
 
 def test_a_run_that_was_taken_up_again_tells_its_own(ledger_and_account):
     ledger, account = ledger_and_account
-    ledger.spent(Message("LaunchLambda", "next", "again", 3), .02)
-    ledger.cost(Message("TrainerLambda", "backward", "again~1", 4, batch=0, layer=1), .4)
-    assert newest_spent(account, "Cats", "again") == .02
-    ledger.spent(Message("LaunchLambda", "next", "again~1", 4), .07)
-    assert newest_spent(account, "Cats", "again") == .07
+    ledger.spent(Message("LaunchLambda", "next", "again", 3), 0.02)
+    ledger.cost(Message("TrainerLambda", "backward", "again~1", 4, batch=0, layer=1), 0.4)
+    assert newest_spent(account, "Cats", "again") == 0.02
+    ledger.spent(Message("LaunchLambda", "next", "again~1", 4), 0.07)
+    assert newest_spent(account, "Cats", "again") == 0.07

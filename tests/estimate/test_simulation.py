@@ -1,10 +1,17 @@
 """The simulated run sends what the real one does, and behaves as waits and limits demand."""
+
 import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from snn.cloud.prices import load
-from snn.estimate.designs import ORIGINAL_EPOCH, default_plan, designs, original, with_residents
+from snn.estimate.designs import (
+    ORIGINAL_EPOCH,
+    default_plan,
+    designs,
+    original,
+    with_residents,
+)
 from snn.estimate.estimate import run_seconds
 from snn.estimate.figures import assumptions, priced, swings
 from snn.estimate.simulation import World, aws, on_aws, simulate
@@ -19,27 +26,45 @@ def book():
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.sampled_from(GRANULARITIES), st.sampled_from(("best", "mean")), st.lists(st.integers(1, 9), max_size=3), st.integers(1, 300), st.integers(0, 9))
-def test_a_simulated_epoch_has_as_many_invocations_as_are_counted(granularity, aggregation, hidden, images, residents):
-    plan = default_plan(granularity, images, (*hidden, 1), 8, aggregation=aggregation, residents=residents)
+@given(
+    st.sampled_from(GRANULARITIES),
+    st.sampled_from(("best", "mean")),
+    st.lists(st.integers(1, 9), max_size=3),
+    st.integers(1, 300),
+    st.integers(0, 9),
+)
+def test_a_simulated_epoch_has_as_many_invocations_as_are_counted(
+    granularity, aggregation, hidden, images, residents
+):
+    plan = default_plan(
+        granularity, images, (*hidden, 1), 8, aggregation=aggregation, residents=residents
+    )
     outcome, counted = simulate(plan, on_aws(plan, load()), 3), epoch_work(plan).invocations
-    assert {name: count for name, count in outcome.invocations.items() if count} == {name: 3 * count for name, count in counted.items()}
+    assert {name: count for name, count in outcome.invocations.items() if count} == {
+        name: 3 * count for name, count in counted.items()
+    }
 
 
 def test_the_same_seed_gives_the_same_run(book):
     plan = default_plan("layer")
-    assert simulate(plan, aws(book), 3, seed=1) == simulate(plan, aws(book), 3, seed=1) != simulate(plan, aws(book), 3, seed=2)
+    assert (
+        simulate(plan, aws(book), 3, seed=1)
+        == simulate(plan, aws(book), 3, seed=1)
+        != simulate(plan, aws(book), 3, seed=2)
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_longer_waits_make_longer_epochs(granularity, book):
     plan = default_plan(granularity)
-    low, usual, high = (simulate(plan, aws(book, end), 3).per_epoch for end in ("low", "value", "high"))
+    low, usual, high = (
+        simulate(plan, aws(book, end), 3).per_epoch for end in ("low", "value", "high")
+    )
     assert low < usual < high
 
 
 def test_no_epoch_is_faster_than_its_chain_of_messages(book):
-    place = aws(book, jitter=0., straggler=0.)
+    place = aws(book, jitter=0.0, straggler=0.0)
     hop = book.latencies["invoke"].value + book.latencies["deliver"].value
     for granularity, hops in (("neuron", 4 * 4 + 2), ("layer", 4 * 4 + 2), ("network", 2)):
         assert simulate(default_plan(granularity), place, 3).per_epoch > hops * hop
@@ -60,11 +85,19 @@ def quota_of(book, count):
 def test_a_higher_quota_is_never_slower_and_a_low_one_is_dear(granularity, book):
     "An event that finds no place comes again after 1, 2, 4 ... seconds. No luck: the quota alone differs."
     plan = default_plan(granularity)
-    found = [simulate(plan, on_aws(plan, quota_of(book, count), jitter=0., straggler=0.), 4) for count in (10, 50, 1000)]
+    found = [
+        simulate(plan, on_aws(plan, quota_of(book, count), jitter=0.0, straggler=0.0), 4)
+        for count in (10, 50, 1000)
+    ]
     times = [run_seconds(outcome, 2957) for outcome in found]
-    about = .999  # which mini-batch leads is drawn by lot, and fewer environments read less at first
-    assert times[0] >= times[1] * about and times[1] >= times[2] * about and found[2].throttles == 0
-    if granularity == "neuron": assert times[0] > 3 * times[2] and found[0].throttles > found[1].throttles > 0
+    about = 0.999  # which mini-batch leads is drawn by lot, and fewer environments read less at first
+    assert (
+        times[0] >= times[1] * about
+        and times[1] >= times[2] * about
+        and found[2].throttles == 0
+    )
+    if granularity == "neuron":
+        assert times[0] > 3 * times[2] and found[0].throttles > found[1].throttles > 0
 
 
 def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
@@ -73,12 +106,15 @@ def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
     place = msgspec.structs.replace(aws(book), concurrency=1)
     world = World(plan, place, 1, 0)
     world.running = 1
+
     def ask():
         yield from world.come_again("NeuronLambda")
         waits.append(world.clock.now)
+
     def free():
         yield world.clock.timeout(700)
         world.running = 0
+
     world.clock.process(ask())
     world.clock.process(free())
     world.clock.run()
@@ -87,40 +123,59 @@ def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
 
 def test_a_failure_costs_its_retry(book):
     plan = default_plan("network")
-    assert simulate(plan, aws(book, failure=1.), 2).per_epoch > 2 * 60
+    assert simulate(plan, aws(book, failure=1.0), 2).per_epoch > 2 * 60
 
 
 def test_functions_that_stay_are_faster_by_far(book):
     found = designs(book, 600)
-    for granularity in GRANULARITIES: assert found[f"{granularity}, resident"].per_epoch < found[granularity].per_epoch / 2
+    for granularity in GRANULARITIES:
+        assert found[f"{granularity}, resident"].per_epoch < found[granularity].per_epoch / 2
 
 
 def test_the_aims_are_reached_by_functions_that_stay(book):
     found = {design.name: design for design in priced(designs(book, 1500), book)}
-    assert found["neuron, resident"].seconds < 30 * 60 and found["neuron, resident"].dollars < 1
-    assert found["network, resident"].seconds < 5 * 60 and found["network, resident"].dollars < .1
-    for granularity in GRANULARITIES: assert found[f"{granularity}, resident"].dollars < found[granularity].dollars
+    assert (
+        found["neuron, resident"].seconds < 30 * 60 and found["neuron, resident"].dollars < 1
+    )
+    assert (
+        found["network, resident"].seconds < 5 * 60
+        and found["network, resident"].dollars < 0.1
+    )
+    for granularity in GRANULARITIES:
+        assert found[f"{granularity}, resident"].dollars < found[granularity].dollars
 
 
 def test_no_more_functions_stay_than_have_something_to_do(book):
-    crowd, enough = (simulate(plan, on_aws(plan, book), 2) for plan in (with_residents(default_plan("network"), n) for n in (1000, 4)))
+    crowd, enough = (
+        simulate(plan, on_aws(plan, book), 2)
+        for plan in (with_residents(default_plan("network"), n) for n in (1000, 4))
+    )
     assert crowd == enough and sum(crowd.starts.values()) == 5
 
 
 def test_the_original_is_simulated_within_what_is_not_known_of_it(book):
-    low, high = (simulate(default_plan(), original(book, end), 2).per_epoch for end in ("low", "high"))
+    low, high = (
+        simulate(default_plan(), original(book, end), 2).per_epoch for end in ("low", "high")
+    )
     assert low < ORIGINAL_EPOCH < high
-    assert simulate(default_plan(), original(book), 2).per_epoch > 4 * simulate(default_plan(), aws(book), 2).per_epoch
+    assert (
+        simulate(default_plan(), original(book), 2).per_epoch
+        > 4 * simulate(default_plan(), aws(book), 2).per_epoch
+    )
 
 
 def test_every_assumption_is_listed_with_its_source(book):
     listed = {entry["name"]: entry for entry in assumptions(book)}
     assert set(aws(book).times) == set(listed)
-    assert all(entry["source"] and entry["date"] and entry["unit"] for entry in listed.values())
+    assert all(
+        entry["source"] and entry["date"] and entry["unit"] for entry in listed.values()
+    )
 
 
 def test_the_tornado_moves_every_assumption_that_has_a_range(book):
     found = swings(default_plan("network"), book, 100)
-    assert {swing.name for swing in found} == {name for name, number in book.latencies.items() if number.low != number.high}
+    assert {swing.name for swing in found} == {
+        name for name, number in book.latencies.items() if number.low != number.high
+    }
     widths = [abs(swing.high - swing.low) for swing in found]
     assert widths == sorted(widths, reverse=True) and widths[0] > 0

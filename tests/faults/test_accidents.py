@@ -1,4 +1,5 @@
 """Real processes, real signals: kill, divergence, stop, several runs, and secrets."""
+
 import io
 import json
 import os
@@ -23,11 +24,14 @@ from snn.maths import data
 
 
 def bytes_of(path) -> dict[str, bytes]:
-    with h5py.File(path) as file: return {name: file[name][()].tobytes() for name in file}
+    with h5py.File(path) as file:
+        return {name: file[name][()].tobytes() for name in file}
 
 
 def processes_with(text: str) -> list[str]:
-    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    found = subprocess.run(
+        ["ps", "-eo", "pid,args"], capture_output=True, text=True
+    ).stdout.splitlines()
     return [line for line in found if text in line and "ps -eo" not in line]
 
 
@@ -48,36 +52,76 @@ main()
 @pytest.fixture
 def long_run(parameters):
     "Parameters of a run with some checkpoints, none of them at its end."
-    return parameters((5, 3, 1), epochs=65, batch_size=32, granularity="layer", checkpoint_every=10, learning_rate=.05)
+    return parameters(
+        (5, 3, 1),
+        epochs=65,
+        batch_size=32,
+        granularity="layer",
+        checkpoint_every=10,
+        learning_rate=0.05,
+    )
 
 
-def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_same_bytes(tmp_path, small_data, long_run, until):
+def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_same_bytes(
+    tmp_path, small_data, long_run, until
+):
     training.train(long_run, small_data, tmp_path / "whole")
     parameters_json = tmp_path / "parameters.json"
     parameters_json.write_bytes(msgspec.json.encode(long_run))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    program = subprocess.Popen([sys.executable, "-c", HELD, "train", "--data", small_data, "--parameters", parameters_json,
-                                "--out", tmp_path / "cut"], start_new_session=True, env={**os.environ, "TMPDIR": str(scratch)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            HELD,
+            "train",
+            "--data",
+            small_data,
+            "--parameters",
+            parameters_json,
+            "--out",
+            tmp_path / "cut",
+        ],
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     until(lambda: list((tmp_path / "cut").rglob("copied")), "a checkpoint was copied")
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
     assert not (tmp_path / "cut" / "params.h5").exists()
     until(lambda: not processes_with(str(scratch)), "no process of the killed run is left")
-    until(lambda: not list(scratch.glob("snn-*")), "no folder or socket of the killed run is left")
+    until(
+        lambda: not list(scratch.glob("snn-*")),
+        "no folder or socket of the killed run is left",
+    )
     training.resume(tmp_path / "cut")
-    assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(tmp_path / "whole" / "params.h5")
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("cut", "whole"))
-    assert {k: v for k, v in one.items() if k.startswith("epoch")} == {k: v for k, v in two.items() if k.startswith("epoch")}
+    assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(
+        tmp_path / "whole" / "params.h5"
+    )
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("cut", "whole")
+    )
+    assert {k: v for k, v in one.items() if k.startswith("epoch")} == {
+        k: v for k, v in two.items() if k.startswith("epoch")
+    }
 
 
 def watched(cloud, name, until):
     "Waits until a run has ended; returns its status."
     runs = cloud.services.runs
+
     def ended():
-        try: return runs.knows(runs.newest(name)) and runs.status(runs.newest(name)).state != "running"
-        except Exception: return False
+        try:
+            return (
+                runs.knows(runs.newest(name))
+                and runs.status(runs.newest(name)).state != "running"
+            )
+        except Exception:
+            return False
+
     until(ended, f"run {name} has ended", 90)
     return runs.status(runs.newest(name))
 
@@ -86,14 +130,20 @@ def model_of(cloud, name) -> dict[str, bytes]:
     return bytes_of(io.BytesIO(cloud.bucket.get(f"training_results/{name}/params.h5")))
 
 
-def test_killed_workers_and_a_killed_parameter_server_change_nothing(tmp_path, small_data, long_run, until):
-    quick = msgspec.structs.replace(long_run, stall_after=1.)
+def test_killed_workers_and_a_killed_parameter_server_change_nothing(
+    tmp_path, small_data, long_run, until
+):
+    quick = msgspec.structs.replace(long_run, stall_after=1.0)
     training.train(quick, small_data, tmp_path / "whole")
     with LocalCloud() as cloud:
         name = run_id(cloud.upload(quick, small_data), quick)
         until(lambda: cloud.services.runs.status(name).epoch > 5, "some epochs are done")
-        for process in list(cloud.workers.processes.values()): process.kill()
-        until(lambda: cloud.services.runs.status(name).epoch > 15, "the run goes on with new workers")
+        for process in list(cloud.workers.processes.values()):
+            process.kill()
+        until(
+            lambda: cloud.services.runs.status(name).epoch > 15,
+            "the run goes on with new workers",
+        )
         cloud.services.store.client.shutdown(nosave=True)
         assert watched(cloud, name, until).state == "finished"
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
@@ -102,12 +152,18 @@ def test_killed_workers_and_a_killed_parameter_server_change_nothing(tmp_path, s
 
 def signalled(cloud, number: signal.Signals) -> None:
     "Send all workers a signal."
-    for process in cloud.workers.processes.values(): process.send_signal(number)
+    for process in cloud.workers.processes.values():
+        process.send_signal(number)
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
-def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, tmp_path, small_data, long_run, until):
-    quick, dice = msgspec.structs.replace(long_run, granularity=granularity, epochs=24, stall_after=1.), random.Random(granularity)
+def test_workers_killed_over_and_over_at_any_moment_change_nothing(
+    granularity, tmp_path, small_data, long_run, until
+):
+    quick, dice = (
+        msgspec.structs.replace(long_run, granularity=granularity, epochs=24, stall_after=1.0),
+        random.Random(granularity),
+    )
     training.train(quick, small_data, tmp_path / "whole")
     with LocalCloud() as cloud:
         runs, hit = cloud.services.runs, 0
@@ -118,7 +174,8 @@ def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, 
             time.sleep(dice.random() / 50)  # anywhere in an epoch
             signalled(cloud, signal.SIGSTOP)
             running = runs.knows(name) and runs.status(name).state == "running"
-            if not running: continue
+            if not running:
+                continue
             process = cloud.workers.processes[f"worker{dice.randrange(cloud.workers.count)}"]
             process.kill()
             hit += 1
@@ -130,22 +187,35 @@ def test_workers_killed_over_and_over_at_any_moment_change_nothing(granularity, 
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
 
 
-def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(tmp_path, small_data, parameters, until):
-    wild = parameters((5, 3, 1), epochs=500, batch_size=32, granularity="layer", checkpoint_every=1, learning_rate=1e155, hidden="leaky_relu")
+def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(
+    tmp_path, small_data, parameters, until
+):
+    wild = parameters(
+        (5, 3, 1),
+        epochs=500,
+        batch_size=32,
+        granularity="layer",
+        checkpoint_every=1,
+        learning_rate=1e155,
+        hidden="leaky_relu",
+    )
     with LocalCloud() as cloud:
         name = run_id(cloud.upload(wild, small_data), wild)
         status = watched(cloud, name, until)
         stopped = json.loads(cloud.bucket.get(f"training_results/{name}/stopped.json"))
         plan = cloud.bucket.get(f"training_checkpoints/{name}/plan.json")
     assert status.state == "failed"
-    for words in ("epoch ", "mini-batch ", "layer ", "a learning rate below 1e+155 may help"): assert words in status.reason
-    if status.epoch >= 0: assert "the last good cost is" in status.reason
+    for words in ("epoch ", "mini-batch ", "layer ", "a learning rate below 1e+155 may help"):
+        assert words in status.reason
+    if status.epoch >= 0:
+        assert "the last good cost is" in status.reason
     assert stopped["state"] == "failed" and plan
 
 
 def test_a_stopped_run_stops_and_can_go_on(tmp_path, small_data, long_run, until):
     from snn.handlers import checkpoint
     from snn.handlers.inputs import end_early
+
     training.train(long_run, small_data, tmp_path / "whole")
     with LocalCloud() as cloud:
         runs = cloud.services.runs
@@ -160,33 +230,61 @@ def test_a_stopped_run_stops_and_can_go_on(tmp_path, small_data, long_run, until
         assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
 
 
-def test_several_runs_at_once_do_not_disturb_one_another(tmp_path, small_data, parameters, start_run, finished):
-    kinds = [parameters((5, 3, 1), epochs=20, batch_size=32, granularity=g, seed=seed, learning_rate=.05) for g in ("layer", "network") for seed in (0, 1)]
+def test_several_runs_at_once_do_not_disturb_one_another(
+    tmp_path, small_data, parameters, start_run, finished
+):
+    kinds = [
+        parameters(
+            (5, 3, 1), epochs=20, batch_size=32, granularity=g, seed=seed, learning_rate=0.05
+        )
+        for g in ("layer", "network")
+        for seed in (0, 1)
+    ]
     alone = []
     for number, kind in enumerate(kinds):
         training.train(kind, small_data, tmp_path / str(number))
         alone.append(bytes_of(tmp_path / str(number) / "params.h5"))
     with LocalCloud() as cloud:
-        names = [start_run(cloud, str(number), kind, small_data) for number, kind in enumerate(kinds)]
-        for name in names: finished(cloud, name)
+        names = [
+            start_run(cloud, str(number), kind, small_data)
+            for number, kind in enumerate(kinds)
+        ]
+        for name in names:
+            finished(cloud, name)
         assert [model_of(cloud, name) for name in names] == alone
 
 
 def test_a_password_is_used_and_never_shown(tmp_path, capfd, until):
     from snn.local.server import find_server_program
+
     path = tmp_path / "s"
-    server = subprocess.Popen([find_server_program(), "--port", "0", "--unixsocket", path, "--requirepass", "s3cret", "--save", ""], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [
+            find_server_program(),
+            "--port",
+            "0",
+            "--unixsocket",
+            path,
+            "--requirepass",
+            "s3cret",
+            "--save",
+            "",
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     try:
         until(path.exists, "the server listens")
         client = connect(f"unix://:s3cret@{path}")
         assert client.ping() and "s3cret" not in repr(client) + str(client.connection_pool)
-        with pytest.raises(redis.AuthenticationError) as refused: connect(f"unix://{path}").ping()
+        with pytest.raises(redis.AuthenticationError) as refused:
+            connect(f"unix://{path}").ping()
         assert "s3cret" not in str(refused.value)
         os.environ["SNN_REDIS_PASSWORD"] = "s3cret"
         assert connect(f"unix://{path}").ping()
     finally:
         os.environ.pop("SNN_REDIS_PASSWORD", None)
-        server.terminate(); server.wait()
+        server.terminate()
+        server.wait()
     out, err = capfd.readouterr()
     assert "s3cret" not in out + err
 
@@ -195,14 +293,23 @@ def test_connections_are_bounded():
     with parameter_server() as server:
         client = connect(server.url)
         held = [client.connection_pool.get_connection() for _ in range(8)]
-        with pytest.raises(redis.ConnectionError): client.ping()  # there is none left, and no ninth is opened
+        with pytest.raises(redis.ConnectionError):
+            client.ping()  # there is none left, and no ninth is opened
         ours = {connection._sock.getsockname() for connection in held}
         assert len(ours) == 8 or "" in ours  # a Unix socket has no name at our end
-        for connection in held: client.connection_pool.release(connection)
+        for connection in held:
+            client.connection_pool.release(connection)
         assert client.ping() and len(client.client_list()) == 8
     assert "SSL" in connect("rediss://127.0.0.1:1").connection_pool.connection_class.__name__
 
 
-def test_workers_that_can_not_live_end_the_training_with_a_sentence(tmp_path, small_data, long_run, monkeypatch):
-    monkeypatch.setattr(Workers, "_start", lambda self, name: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]))
-    with pytest.raises(RuntimeError, match="the workers die as soon as they start"): training.train(long_run, small_data, tmp_path / "out")
+def test_workers_that_can_not_live_end_the_training_with_a_sentence(
+    tmp_path, small_data, long_run, monkeypatch
+):
+    monkeypatch.setattr(
+        Workers,
+        "_start",
+        lambda self, name: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]),
+    )
+    with pytest.raises(RuntimeError, match="the workers die as soon as they start"):
+        training.train(long_run, small_data, tmp_path / "out")

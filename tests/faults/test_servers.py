@@ -1,4 +1,5 @@
 """Parameter servers of somebody else's, in odd settings: waited for, shared, or refused with a sentence."""
+
 import logging
 import socket
 import subprocess
@@ -23,39 +24,69 @@ from snn.maths.parameters import InputError
 
 
 def bytes_of(path) -> dict[str, bytes]:
-    with h5py.File(path) as file: return {name: file[name][()].tobytes() for name in file}
+    with h5py.File(path) as file:
+        return {name: file[name][()].tobytes() for name in file}
 
 
 @pytest.fixture
 def outside(tmp_path, until, monkeypatch):
     "Starts a parameter server that is not the training's own; returns its address."
     servers = []
+
     def start(*settings: str, password: str = "") -> str:
         path = f"{tmp_path}/{len(servers)}.sock"
         secret = ("--requirepass", password) if password else ()
-        command = [find_server_program(), "--port", "0", "--unixsocket", path, "--save", "", "--dir", str(tmp_path), *secret, *settings]
+        command = [
+            find_server_program(),
+            "--port",
+            "0",
+            "--unixsocket",
+            path,
+            "--save",
+            "",
+            "--dir",
+            str(tmp_path),
+            *secret,
+            *settings,
+        ]
         servers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
         url = f"unix://:{password}@{path}" if password else f"unix://{path}"
+
         def is_up() -> bool:
-            try: return redis.Redis.from_url(url).ping()
-            except redis.ConnectionError: return False
+            try:
+                return redis.Redis.from_url(url).ping()
+            except redis.ConnectionError:
+                return False
+
         until(is_up, "the server answers")
         monkeypatch.setenv("SNN_REDIS_URL", url)
         return url
+
     yield start
-    for server in servers: server.kill()
-    for server in servers: server.wait()
+    for server in servers:
+        server.kill()
+    for server in servers:
+        server.wait()
 
 
 @pytest.fixture
 def short_run(parameters):
     "Parameters of a run that takes a second or two."
-    return parameters((5, 3, 1), epochs=20, batch_size=32, granularity="layer", checkpoint_every=4, learning_rate=.05)
+    return parameters(
+        (5, 3, 1),
+        epochs=20,
+        batch_size=32,
+        granularity="layer",
+        checkpoint_every=4,
+        learning_rate=0.05,
+    )
 
 
 class Trouble:
     "Makes a server refuse, and stops it again."
-    def __init__(self, url: str, folder): self.admin, self.folder = redis.Redis.from_url(url), folder
+
+    def __init__(self, url: str, folder):
+        self.admin, self.folder = redis.Redis.from_url(url), folder
 
     def readonly(self, on: bool) -> None:
         self.admin.replicaof(*(("127.0.0.1", "1") if on else ("NO", "ONE")))
@@ -64,31 +95,46 @@ class Trouble:
         self.admin.config_set("maxmemory", 1 if on else 0)
 
     def misconf(self, on: bool) -> None:
-        if not on: self.admin.config_set("save", ""); return
+        if not on:
+            self.admin.config_set("save", "")
+            return
         (self.folder / "dump.rdb").mkdir(exist_ok=True)
         self.admin.config_set("save", "3600 1")
         self.admin.bgsave()
         deadline = time.monotonic() + 20
-        while self.admin.info("persistence")["rdb_last_bgsave_status"] == "ok" and time.monotonic() < deadline: time.sleep(.01)
+        while (
+            self.admin.info("persistence")["rdb_last_bgsave_status"] == "ok"
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
 
     def clients(self, on: bool) -> None:
         self.admin.config_set("maxclients", 1 if on else 10000)
-        if on: self.admin.client_kill_filter(_type="normal", skipme=True)
+        if on:
+            self.admin.client_kill_filter(_type="normal", skipme=True)
 
 
-@pytest.mark.parametrize("seconds", [.1, 2, 20])
+@pytest.mark.parametrize("seconds", [0.1, 2, 20])
 @pytest.mark.parametrize("kind", ["readonly", "oom", "misconf", "clients"])
-def test_a_server_that_refuses_for_a_while_changes_no_byte(kind, seconds, outside, tmp_path, small_data, short_run, monkeypatch, all_faults, until):
-    if seconds > 2 and not all_faults: pytest.skip("20 s for each kind with --faults")
+def test_a_server_that_refuses_for_a_while_changes_no_byte(
+    kind, seconds, outside, tmp_path, small_data, short_run, monkeypatch, all_faults, until
+):
+    if seconds > 2 and not all_faults:
+        pytest.skip("20 s for each kind with --faults")
     trouble, done = Trouble(outside(), tmp_path), []
+
     def meanwhile(cloud: LocalCloud, name: str) -> None:
         "Refuse at the start, in an epoch, at a checkpoint and near the end."
         for epoch in (-1, 5, 11, 18):
-            until(lambda: cloud.services.runs.status(name).epoch >= epoch, f"epoch {epoch} is done")
+            until(
+                lambda: cloud.services.runs.status(name).epoch >= epoch,
+                f"epoch {epoch} is done",
+            )
             getattr(trouble, kind)(True)
             time.sleep(seconds)
             getattr(trouble, kind)(False)
             done.append(epoch)
+
     with LocalCloud() as cloud:
         upload = cloud.upload(short_run, small_data)
         name = run_id(upload, short_run)
@@ -98,83 +144,139 @@ def test_a_server_that_refuses_for_a_while_changes_no_byte(kind, seconds, outsid
     (tmp_path / "disturbed.h5").write_bytes(model)
     monkeypatch.delenv("SNN_REDIS_URL")
     training.train(short_run, small_data, tmp_path / "whole")
-    assert len(done) == 4 and bytes_of(tmp_path / "disturbed.h5") == bytes_of(tmp_path / "whole" / "params.h5")
+    assert len(done) == 4 and bytes_of(tmp_path / "disturbed.h5") == bytes_of(
+        tmp_path / "whole" / "params.h5"
+    )
 
 
-def test_a_server_that_refuses_too_long_ends_the_training_with_what_it_says_and_resume_goes_on(outside, tmp_path, small_data, short_run, monkeypatch, until):
+def test_a_server_that_refuses_too_long_ends_the_training_with_what_it_says_and_resume_goes_on(
+    outside, tmp_path, small_data, short_run, monkeypatch, until
+):
     trouble = Trouble(outside(), tmp_path)
     monkeypatch.setattr(store_room, "PATIENCE", 1.5)
+
     def report(progress) -> None:
-        if progress.status.epoch > 5: trouble.readonly(True)
+        if progress.status.epoch > 5:
+            trouble.readonly(True)
+
     with pytest.raises(RuntimeError, match="has refused for 1.5 s; it says: READONLY"):
-        training.train(msgspec.structs.replace(short_run, epochs=60), small_data, tmp_path / "cut", report)
+        training.train(
+            msgspec.structs.replace(short_run, epochs=60), small_data, tmp_path / "cut", report
+        )
     trouble.readonly(False)
     training.resume(tmp_path / "cut")
     monkeypatch.delenv("SNN_REDIS_URL")
-    training.train(msgspec.structs.replace(short_run, epochs=60), small_data, tmp_path / "whole")
-    assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(tmp_path / "whole" / "params.h5")
+    training.train(
+        msgspec.structs.replace(short_run, epochs=60), small_data, tmp_path / "whole"
+    )
+    assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(
+        tmp_path / "whole" / "params.h5"
+    )
 
 
-@pytest.mark.parametrize("reply", ["LOADING Valkey is loading the dataset in memory", "READONLY You can't write against a read only replica.",
-                                   "OOM command not allowed when used memory > 'maxmemory'.", "MISCONF the disk is full", "ERR max number of clients reached"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "LOADING Valkey is loading the dataset in memory",
+        "READONLY You can't write against a read only replica.",
+        "OOM command not allowed when used memory > 'maxmemory'.",
+        "MISCONF the disk is full",
+        "ERR max number of clients reached",
+    ],
+)
 def test_each_refusal_is_waited_for_and_said_in_its_words(reply, caplog):
     words, before = reply.encode(), time.monotonic()
     server = socket.create_server(("127.0.0.1", 0))
+
     def serve() -> None:
         "Refuse for two seconds, then answer whatever is asked."
         while True:
-            try: talk, _ = server.accept()
-            except OSError: return
+            try:
+                talk, _ = server.accept()
+            except OSError:
+                return
             with talk:
                 while asked := talk.recv(4096):
                     for command in asked.split(b"*")[1:]:
                         refuses = b"PING" in command and time.monotonic() - before < 2
-                        answer = b"%1\r\n+proto\r\n:3\r\n" if b"HELLO" in command else b"+PONG\r\n"
+                        answer = (
+                            b"%1\r\n+proto\r\n:3\r\n" if b"HELLO" in command else b"+PONG\r\n"
+                        )
                         talk.sendall(b"-" + words + b"\r\n" if refuses else answer)
+
     threading.Thread(target=serve, daemon=True).start()
     client = connect(f"redis://127.0.0.1:{server.getsockname()[1]}")
     client.set_retry(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-    with caplog.at_level(logging.WARNING, "snn"): assert client.ping()
+    with caplog.at_level(logging.WARNING, "snn"):
+        assert client.ping()
     server.close()
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and reply.removeprefix("ERR ") in said[0] and "answers again" in said[1]
+    assert (
+        len(said) == 2 and reply.removeprefix("ERR ") in said[0] and "answers again" in said[1]
+    )
 
 
 def test_a_refused_large_value_is_not_counted_by_its_barrier(outside):
     url = outside()
     admin, services = redis.Redis.from_url(url), Services({"SNN_REDIS_URL": url})
     store = services.store
-    message, following = Message("NeuronLambda", "network", "r", epoch=0, batch=0), Message("LaunchLambda", "next", "r", epoch=0)
+    message, following = (
+        Message("NeuronLambda", "network", "r", epoch=0, batch=0),
+        Message("LaunchLambda", "next", "r", epoch=0),
+    )
+
     class Flaky:
         "The server's memory is full when the large value comes, and not any more when the script does."
-        def __init__(self, connection): self.connection = connection
-        def __getattr__(self, name): return getattr(self.connection, name)
+
+        def __init__(self, connection):
+            self.connection = connection
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
         def send_packed_command(self, command):
             admin.config_set("maxmemory", 1)
-            cut = next((i for i, part in enumerate(command) if b"EVALSHA" in bytes(part)), len(command))
+            cut = next(
+                (i for i, part in enumerate(command) if b"EVALSHA" in bytes(part)),
+                len(command),
+            )
             self.connection.send_packed_command(command[:cut])
-            time.sleep(.05)
+            time.sleep(0.05)
             admin.config_set("maxmemory", 0)
             self.connection.send_packed_command(command[cut:])
             store.connection = self.connection  # once
+
     store.connection = Flaky(store.client.connection_pool.get_connection())
     store.put(message, {"w1/0": b"x" * 200_000})
-    joined = store.join(message, 1, following, .1)
+    joined = store.join(message, 1, following, 0.1)
     assert joined.members == 1 and store.client.hget(key("r", 0, 0), "w1/0") == b"x" * 200_000
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    (("--maxmemory-policy", "allkeys-lru"), "maxmemory-policy is allkeys-lru, and must be noeviction"),
-    (("--maxmemory-policy", "volatile-ttl"), "maxmemory-policy is volatile-ttl"),
-    (("--cluster-enabled", "yes"), "is in cluster mode")])
-def test_a_server_that_no_run_can_be_trusted_to_is_refused_at_the_start(settings, sentence, outside, snn, small_data, tmp_path):
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (
+            ("--maxmemory-policy", "allkeys-lru"),
+            "maxmemory-policy is allkeys-lru, and must be noeviction",
+        ),
+        (("--maxmemory-policy", "volatile-ttl"), "maxmemory-policy is volatile-ttl"),
+        (("--cluster-enabled", "yes"), "is in cluster mode"),
+    ],
+)
+def test_a_server_that_no_run_can_be_trusted_to_is_refused_at_the_start(
+    settings, sentence, outside, snn, small_data, tmp_path
+):
     outside(*settings)
     code, out, err = snn("train", "--data", small_data, "--out", tmp_path / "out", "--quiet")
     assert code == 2 and sentence in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [("train", "--quiet"), ("local",), ("runs",), ("status", "x"), ("stop", "x")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [("train", "--quiet"), ("local",), ("runs",), ("status", "x"), ("stop", "x")],
+    ids=" ".join,
+)
 def test_a_wrong_password_is_said_and_not_shown(command, outside, snn, monkeypatch, root):
     url = outside(password="s3cret")
     monkeypatch.setenv("SNN_REDIS_URL", url.replace("s3cret", "wrongPW"))
@@ -184,16 +286,34 @@ def test_a_wrong_password_is_said_and_not_shown(command, outside, snn, monkeypat
     assert "wrongPW" not in out + err
 
 
-def test_a_server_that_is_not_there_is_named_without_its_password(snn, monkeypatch, small_data, tmp_path):
+def test_a_server_that_is_not_there_is_named_without_its_password(
+    snn, monkeypatch, small_data, tmp_path
+):
     monkeypatch.setenv("SNN_REDIS_URL", f"unix://:hidden@{tmp_path}/nobody.sock")
     code, out, err = snn("train", "--data", small_data, "--out", tmp_path / "out", "--quiet")
-    assert code == 2 and f"the server at unix://{tmp_path}/nobody.sock did not answer within 5 s" in err and "hidden" not in out + err
+    assert (
+        code == 2
+        and f"the server at unix://{tmp_path}/nobody.sock did not answer within 5 s" in err
+        and "hidden" not in out + err
+    )
 
 
-def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the_same_bytes(outside, spawn, run_snn, small_data, short_run, tmp_path):
+def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the_same_bytes(
+    outside, spawn, run_snn, small_data, short_run, tmp_path
+):
     url = outside(password="s3cret")
     (tmp_path / "parameters.json").write_bytes(msgspec.json.encode(short_run))
-    command = lambda number: ["train", "--data", small_data, "--parameters", tmp_path / "parameters.json", "--workers", 1, "--out", tmp_path / str(number)]
+    command = lambda number: [
+        "train",
+        "--data",
+        small_data,
+        "--parameters",
+        tmp_path / "parameters.json",
+        "--workers",
+        1,
+        "--out",
+        tmp_path / str(number),
+    ]
     both = [spawn(*command(number)) for number in (1, 2)]
     for one in both:
         out, err = one.communicate(timeout=300)
@@ -201,36 +321,57 @@ def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the
     for number in (3, 4):
         code, out, err = run_snn(*command(number))
         assert code == 0 and "s3cret" not in out + err, err
-    first, *others = [(tmp_path / str(number) / "params.h5").read_bytes() for number in (1, 2, 3, 4)]
+    first, *others = [
+        (tmp_path / str(number) / "params.h5").read_bytes() for number in (1, 2, 3, 4)
+    ]
     assert all(other == first for other in others)
     client = redis.Redis.from_url(url)
-    assert [key for key in client.keys() if client.ttl(key) < 0] == []  # nothing is left there for ever
+    assert [
+        key for key in client.keys() if client.ttl(key) < 0
+    ] == []  # nothing is left there for ever
 
 
 def test_local_prints_no_password(outside, spawn, until, tmp_path):
     outside(password="s3cret")
     program = spawn("local", "--workers", 1)
-    line = next(line for line in program.stdout if "Ctrl-C ends" in line or "SNN_REDIS_URL" in line)
+    line = next(
+        line for line in program.stdout if "Ctrl-C ends" in line or "SNN_REDIS_URL" in line
+    )
     program.terminate()
     out, err = program.communicate(timeout=60)
     assert "s3cret" not in line + out + err and "and SNN_REDIS_URL, as it is set here" in line
 
 
-def test_a_message_that_is_no_event_is_put_aside_and_the_rest_goes_on(small_data, short_run, until, finished):
+def test_a_message_that_is_no_event_is_put_aside_and_the_rest_goes_on(
+    small_data, short_run, until, finished
+):
     with LocalCloud(1) as cloud:
         for body in ("not JSON at all", "[1, 2]", '"hello"', '{"function": 5, "run": 5}'):
             cloud.sqs.send_message(QueueUrl=cloud.inbox, MessageBody=body)
-        until(lambda: len(cloud.services.bus.dead()) == 4 or cloud.failed, "all four are put aside")
+        until(
+            lambda: len(cloud.services.bus.dead()) == 4 or cloud.failed,
+            "all four are put aside",
+        )
         cloud.services.store.client.rpush("snn:queue", b"no letter")
         until(lambda: len(cloud.services.bus.dead()) == 5 or cloud.failed, "and the fifth")
-        assert not cloud.failed and all(letter["reason"] for letter in cloud.services.bus.dead())
+        assert not cloud.failed and all(
+            letter["reason"] for letter in cloud.services.bus.dead()
+        )
         name = run_id(cloud.upload(short_run, small_data), short_run)
-        until(lambda: cloud.services.runs.status(name).state == "finished", "a run after that has finished", 120)
+        until(
+            lambda: cloud.services.runs.status(name).state == "finished",
+            "a run after that has finished",
+            120,
+        )
         assert cloud.workers.deaths == 0
 
 
 def test_a_cloud_that_has_failed_ends_snn_local_with_its_reason(snn, monkeypatch):
-    def fail(self) -> None: raise OSError("no processors left")
+    def fail(self) -> None:
+        raise OSError("no processors left")
+
     monkeypatch.setattr(LocalCloud, "_look_after", fail)
     code, out, err = snn("local", "--workers", "1")
-    assert code == 1 and err.strip() == "the cloud on this machine has failed: no processors left"
+    assert (
+        code == 1 and err.strip() == "the cloud on this machine has failed: no processors left"
+    )

@@ -3,6 +3,7 @@
 Python is mutated by cosmic-ray's operators; the Lua in the store's scripts, which no tool knows,
 by a small mutator of our own. All of it happens in a copy of the checkout.
 """
+
 import argparse
 import ast
 import os
@@ -23,40 +24,66 @@ SCHEDULES = "tests/faults/test_schedules.py"
 
 class Room(NamedTuple):
     "What is mutated, and the tests that should notice."
+
     modules: tuple[str, ...]
     tests: tuple[str, ...]
 
 
 HANDLED = (GUARDS, SCHEDULES, "tests/test_training.py")
 ROOMS = {
-    "scripts": Room(("snn/cloud/store.py", "snn/cloud/residents.py", "snn/cloud/bus.py"), HANDLED),
+    "scripts": Room(
+        ("snn/cloud/store.py", "snn/cloud/residents.py", "snn/cloud/bus.py"), HANDLED
+    ),
     "protocol": Room(("snn/cloud/messages.py", "snn/cloud/runs.py"), HANDLED),
-    "handlers": Room(("snn/handlers/inputs.py", "snn/handlers/neuron.py",
-                      "snn/handlers/trainer.py", "snn/handlers/launch.py"), HANDLED),
+    "handlers": Room(
+        (
+            "snn/handlers/inputs.py",
+            "snn/handlers/neuron.py",
+            "snn/handlers/trainer.py",
+            "snn/handlers/launch.py",
+        ),
+        HANDLED,
+    ),
     "store": Room(("snn/cloud/store.py",), HANDLED),
-    "queue": Room(("snn/cloud/bus.py", "snn/cloud/residents.py", "snn/handlers/stay.py"),
-                  (*HANDLED, "tests/faults/test_accidents.py", "tests/deploy/test_residents.py")),
-    "limits": Room(("snn/cloud/meter.py", "snn/cloud/prices.py"),
-                   (GUARDS, "tests/estimate/test_limits.py", "tests/estimate/test_money.py")),
-    "checkpoint": Room(("snn/handlers/checkpoint.py", "snn/handlers/watch.py"),
-                       (*HANDLED, "tests/faults/test_accidents.py")),
+    "queue": Room(
+        ("snn/cloud/bus.py", "snn/cloud/residents.py", "snn/handlers/stay.py"),
+        (*HANDLED, "tests/faults/test_accidents.py", "tests/deploy/test_residents.py"),
+    ),
+    "limits": Room(
+        ("snn/cloud/meter.py", "snn/cloud/prices.py"),
+        (GUARDS, "tests/estimate/test_limits.py", "tests/estimate/test_money.py"),
+    ),
+    "checkpoint": Room(
+        ("snn/handlers/checkpoint.py", "snn/handlers/watch.py"),
+        (*HANDLED, "tests/faults/test_accidents.py"),
+    ),
     "api": Room(("snn/serve/guard.py", "snn/serve/request.py"), (GUARDS, "tests/serve")),
     "gate": Room(("snn/deploy/gate.py",), ("tests/deploy/test_gate.py",)),
-    "teardown": Room(("snn/deploy/teardown.py",),
-                     ("tests/deploy/test_teardown_service.py", "tests/deploy/test_stack.py")),
-    "files": Room(("snn/maths/data.py", "snn/maths/model.py", "snn/maths/photographs.py"),
-                  (GUARDS, "tests/test_bad_input.py", "tests/test_photographs.py",
-                   "tests/test_maths.py", "tests/test_cli.py")),
+    "teardown": Room(
+        ("snn/deploy/teardown.py",),
+        ("tests/deploy/test_teardown_service.py", "tests/deploy/test_stack.py"),
+    ),
+    "files": Room(
+        ("snn/maths/data.py", "snn/maths/model.py", "snn/maths/photographs.py"),
+        (
+            GUARDS,
+            "tests/test_bad_input.py",
+            "tests/test_photographs.py",
+            "tests/test_maths.py",
+            "tests/test_cli.py",
+        ),
+    ),
 }
 
 
 class Mutant(NamedTuple):
     "A module with one thing changed."
+
     module: str
-    line: int      # of the change, from 1
+    line: int  # of the change, from 1
     was: str
     now: str
-    source: str    # of the whole module
+    source: str  # of the whole module
 
 
 def changed(module: str, before: str, after: str) -> Mutant:
@@ -73,13 +100,15 @@ OPERATORS = re.compile(
     "|ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|Mod_Add|FloorDiv_Mul)"
     "|AddNot|ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd"
     "|ReplaceBreakWithContinue|ReplaceContinueWithBreak|NumberReplacer"
-    "|ZeroIterationForLoop|ReplaceUnaryOperator_Delete_Not)$")
+    "|ZeroIterationForLoop|ReplaceUnaryOperator_Delete_Not)$"
+)
 
 
 def python_mutants(module: str, source: str) -> Iterator[Mutant]:
     "What cosmic-ray makes of a module."
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
+
     for name in filter(OPERATORS.match, operator_names()):
         for occurrence in range(10_000):
             mutated = mutate_code(source.encode(), get_operator(name)(), occurrence)
@@ -101,9 +130,20 @@ def parses(source: str) -> bool:
 
 # Lua
 
-SWAPS = (("==", "~="), ("~=", "=="), (">=", ">"), (" < ", " <= "), (" > ", " >= "), (" and ", " or "),
-         (" or ", " and "), ("'RIGHT', 'LEFT'", "'LEFT', 'RIGHT'"), ("HSETNX", "HSET"),
-         ("math.max", "math.min"), ("first and ", ""), ("not ", ""))
+SWAPS = (
+    ("==", "~="),
+    ("~=", "=="),
+    (">=", ">"),
+    (" < ", " <= "),
+    (" > ", " >= "),
+    (" and ", " or "),
+    (" or ", " and "),
+    ("'RIGHT', 'LEFT'", "'LEFT', 'RIGHT'"),
+    ("HSETNX", "HSET"),
+    ("math.max", "math.min"),
+    ("first and ", ""),
+    ("not ", ""),
+)
 WHOLE = re.compile(r"^\s*(redis\.call\(.*\)|if .* end|elseif .* end)\s*$")
 
 
@@ -128,10 +168,13 @@ def lua_mutants(module: str, source: str) -> Iterator[Mutant]:
         if WHOLE.match(line):
             replaced.add("\n")
         for text in sorted(replaced - {line}):
-            yield changed(module, source, "".join([*lines[:number], text, *lines[number + 1:]]))
+            yield changed(
+                module, source, "".join([*lines[:number], text, *lines[number + 1 :]])
+            )
 
 
 # Tests
+
 
 def noticed(mutant: Mutant, copy: Path, tests: tuple[str, ...], seconds: float) -> bool:
     "Does a test fail, or not come to an end?"
@@ -146,11 +189,29 @@ def noticed(mutant: Mutant, copy: Path, tests: tuple[str, ...], seconds: float) 
 
 def passes(copy: Path, tests: tuple[str, ...], seconds: float) -> bool:
     "Do all tests pass, in time?"
-    command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-p", "no:cacheprovider",
-               "-n", "0", "--timeout", str(seconds)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *tests,
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        "--timeout",
+        str(seconds),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -197,23 +258,41 @@ def try_room(name: str, most: int, seed: int, seconds: float) -> tuple[int, int]
             count += good
             print(f"\r{name} {number}/{len(chosen)}, noticed {count}", end="", file=sys.stderr)
             if not good:
-                print(f"\n{mutant.module}:{mutant.line}\n  - {mutant.was}\n  + {mutant.now}", flush=True)
+                print(
+                    f"\n{mutant.module}:{mutant.line}\n  - {mutant.was}\n  + {mutant.now}",
+                    flush=True,
+                )
     print(file=sys.stderr)
     return count, len(chosen)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bin/mutants", description="Break the code on purpose, one "
-                                     "small change at a time, and look whether a test notices.")
-    parser.add_argument("room", nargs="*", metavar="ROOM", help=f"of {', '.join(ROOMS)}; all if none is named")
-    parser.add_argument("--most", type=int, default=40, help="mutants a room, drawn at random (default 40)")
+    parser = argparse.ArgumentParser(
+        prog="bin/mutants",
+        description="Break the code on purpose, one "
+        "small change at a time, and look whether a test notices.",
+    )
+    parser.add_argument(
+        "room", nargs="*", metavar="ROOM", help=f"of {', '.join(ROOMS)}; all if none is named"
+    )
+    parser.add_argument(
+        "--most", type=int, default=40, help="mutants a room, drawn at random (default 40)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
-    parser.add_argument("--seconds", type=float, default=300, help="until tests that hang have noticed (default 300)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=300,
+        help="until tests that hang have noticed (default 300)",
+    )
     given = parser.parse_args()
     unknown = [name for name in given.room if name not in ROOMS]
     if unknown:
         parser.error(f"there is no room {unknown[0]}; it may be one of {', '.join(ROOMS)}")
-    table = {name: try_room(name, given.most, given.seed, given.seconds) for name in given.room or ROOMS}
+    table = {
+        name: try_room(name, given.most, given.seed, given.seconds)
+        for name in given.room or ROOMS
+    }
     print("\nroom        noticed")
     for name, (count, total) in table.items():
         print(f"{name:11} {count} of {total} ({count / total:.0%})")

@@ -1,4 +1,5 @@
 """Small guards on which the great promises rest; each test here fails without its guard."""
+
 import asyncio
 import json
 import time
@@ -37,6 +38,7 @@ def small(**changes):
 
 class Mails(list):
     "A topic that keeps what it is told."
+
     def tell(self, subject: str, text: str) -> None:
         self.append(subject)
 
@@ -44,6 +46,7 @@ class Mails(list):
 @pytest.fixture
 def lab(server):
     "Makes a lab whose run has just begun; its messages wait in `lab.bus.sent`."
+
     def begin(parameters, datasets: bytes | None = None) -> Lab:
         files = {
             "training_input/datasets.h5": datasets or small_datasets(),
@@ -57,6 +60,7 @@ def lab(server):
         made.services.bus.settle()
         made.run = launch.run_id(UPLOAD, parameters)
         return made
+
     return begin
 
 
@@ -84,11 +88,14 @@ def record_of(lab: Lab, run: str) -> dict:
 
 # Protocol
 
+
 def black_pictures(tmp_path) -> bytes:
     "Sixteen black pictures: every mini-batch has the same cost to the last bit."
     labels = lambda m: np.arange(m) % 2
     black = lambda m: np.zeros((m, 4, 4, 3), dtype=np.uint8)
-    data.write(data.Datasets(black(16), labels(16), black(4), labels(4)), tmp_path / "black.h5")
+    data.write(
+        data.Datasets(black(16), labels(16), black(4), labels(4)), tmp_path / "black.h5"
+    )
     return (tmp_path / "black.h5").read_bytes()
 
 
@@ -172,6 +179,7 @@ def test_an_opened_mini_batch_goes_by_itself(lab):
 
 # A run that goes on, and one that does not
 
+
 class Died(BaseException):
     "What kills a process between two of its requests."
 
@@ -224,6 +232,7 @@ def test_a_run_that_was_not_stopped_is_taken_up_when_the_server_forgets_it(lab):
 @pytest.fixture
 def resumed(lab):
     "A run of long ago that had spent 7 dollars, taken up from its checkpoint under other limits."
+
     def resume(**limits):
         begun = lab(small())
         play(begun, until=lambda message: message.epoch == 3)
@@ -232,7 +241,9 @@ def resumed(lab):
         folder = f"training_checkpoints/{begun.run}"
         newest = max(key for key in begun.bucket.keys(folder) if key.endswith(".npz"))
         status, *rest = checkpoint.unpack(begun.bucket[newest])
-        begun.bucket[newest] = checkpoint.pack(msgspec.structs.replace(status, spent=7.0), *rest)
+        begun.bucket[newest] = checkpoint.pack(
+            msgspec.structs.replace(status, spent=7.0), *rest
+        )
         plan = json.loads(begun.bucket[f"{folder}/plan.json"])
         plan["parameters"] |= limits
         plan["started"] = "2020-01-01 00:00:00.000000"
@@ -242,6 +253,7 @@ def resumed(lab):
         checkpoint.resume(begun.run, begun.services.bucket("lab"), begun.services)
         play(begun)
         return record_of(begun, begun.run)
+
     return resume
 
 
@@ -279,6 +291,7 @@ def test_a_cost_equal_to_the_threshold_ends_the_run(lab):
 
 # Files
 
+
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_files_are_written_whole(fault, tmp_path):
     path = tmp_path / "params.h5"
@@ -303,6 +316,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 def test_packing_leaves_a_picture_to_train_on(tmp_path, snn):
     from PIL import Image
+
     rng = np.random.default_rng(0)
     for folder in ("cats", "others"):
         (tmp_path / folder).mkdir()
@@ -319,8 +333,10 @@ def test_packing_leaves_a_picture_to_train_on(tmp_path, snn):
 
 # The service
 
+
 def test_a_body_of_unknown_length_takes_a_place_in_memorys_limit():
     from snn.serve.guard import Places, admitting
+
     places, answers = Places(requests=8, size=150), []
     arrived = asyncio.Event()
 
@@ -338,6 +354,7 @@ def test_a_body_of_unknown_length_takes_a_place_in_memorys_limit():
         async def send(message):
             if message["type"] == "http.response.start":
                 answers.append(message["status"])
+
         headers = [(b"transfer-encoding", b"chunked")]
         scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
         await admitting(application, places, size=100)(scope, receive, send)

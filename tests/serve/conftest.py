@@ -1,4 +1,5 @@
 "Fixtures: a model file, a service with its client, a real server, and a web server to fetch from."
+
 import pytest
 from serving import LOCAL, Running, WebServer, small_model
 from starlette.testclient import TestClient
@@ -19,31 +20,39 @@ def model_path(tmp_path):
 def make_client(model_path):
     "Make a client of a service with other settings."
     clients = []
+
     def make(**settings):
         client = TestClient(create(Live(Sources(model_path)), Settings(**settings)))
         clients.append(client.__enter__())
         return client
+
     yield make
-    for client in clients: client.__exit__(None, None, None)
+    for client in clients:
+        client.__exit__(None, None, None)
 
 
 @pytest.fixture
-def client(make_client): return make_client()
+def client(make_client):
+    return make_client()
 
 
 @pytest.fixture
-def local_client(make_client): return make_client(network=LOCAL, fetching=Limits(seconds=1., size=2 ** 20))
+def local_client(make_client):
+    return make_client(network=LOCAL, fetching=Limits(seconds=1.0, size=2**20))
 
 
 @pytest.fixture
 def running(model_path):
     "Start a real server on a free port."
     started = []
+
     def start(**settings):
         started.append(Running(model_path, **settings))
         return started[-1].url, started[-1].app
+
     yield start
-    for server in started: server.stop()
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 "The customs of the web: clients that leave, HEAD, and proxies that show the service in a folder."
+
 import random
 import re
 import socket
@@ -13,18 +14,25 @@ PERSON = {"Accept": "text/html"}
 
 def leave(port, request, end):
     "Send the beginning of a request, and go."
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client: client.sendall(request[:end])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(request[:end])
 
 
 def test_500_clients_that_leave_anywhere_are_no_mistake_of_ours(running, until, caplog):
     url, app = running()
     chance, body = random.Random(24), saved(photograph())
-    form = (b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-            + body + b"\r\n--b--\r\n")
-    head = (f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(form)}\r\n"
-            "Content-Type: multipart/form-data; boundary=b\r\n\r\n").encode()
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        + body
+        + b"\r\n--b--\r\n"
+    )
+    head = (
+        f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(form)}\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    ).encode()
     places, port = app.state.service.places, urlsplit(url).port
-    for _ in range(500): leave(port, head + form, chance.randrange(1, len(head + form)))
+    for _ in range(500):
+        leave(port, head + form, chance.randrange(1, len(head + form)))
     until(lambda: places.taken == 0, "all places are free again")
     counted = httpx2.get(f"{url}/metrics").text
     assert 'status="499"' in counted and not re.search(r'status="5\d\d"', counted)
@@ -33,14 +41,18 @@ def test_500_clients_that_leave_anywhere_are_no_mistake_of_ours(running, until, 
     assert httpx2.get(f"{url}/readyz").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/model", "/healthz", "/static/style.css", "/nowhere"])
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/model", "/healthz", "/static/style.css", "/nowhere"]
+)
 def test_a_head_is_a_get_without_its_body(client, path):
     whole, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (whole.status_code, b"")
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
-@pytest.mark.parametrize("path, top", [("/", ""), ("/docs", ""), ("/model", ""), ("/a/b/c", "../../")])
+@pytest.mark.parametrize(
+    "path, top", [("/", ""), ("/docs", ""), ("/model", ""), ("/a/b/c", "../../")]
+)
 def test_pages_work_in_a_folder_of_a_proxy(client, path, top):
     text = client.get(path, headers=PERSON).text
     addresses = re.findall(r'(?:href|src|action)="([^"#]+)', text)
