@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.cloud.messages import invocations_per_epoch
 from snn.local import bench, profile
 from snn.local.pipeline import default_notebooks, run_notebook
 from snn.maths import data, network

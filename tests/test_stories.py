@@ -22,7 +22,8 @@ from snn.cloud.bucket import Bucket
 from snn.cloud.messages import Message, invocations_per_epoch
 from snn.cloud.services import Services
 from snn.cloud.store import decode
-from snn.handlers import launch, neuron as neuron_lambda, trainer
+from snn.handlers import launch, trainer
+from snn.handlers import neuron as neuron_lambda
 from snn.local.pipeline import (
     NotebookFailed,
     Request,
@@ -45,7 +46,7 @@ from snn.local.replay import (
 )
 from snn.local.server import local_aws, parameter_server
 from snn.local.training import train
-from snn.maths import data, network
+from snn.maths import data
 from snn.maths.parameters import InputError
 
 STORIES = ["Introduction", "Codebook", "Analysis"]

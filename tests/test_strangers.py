@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, seed, settings, strategies
 from PIL import Image, PngImagePlugin
 
-from snn.cloud.messages import check_run, weight_bytes
 from snn.cli.console import shown
+from snn.cloud.messages import check_run, weight_bytes
 from snn.maths import data, model, network, photographs
 from snn.maths.parameters import InputError, from_dict
 

@@ -194,3 +194,13 @@ def test_such_faults_would_be_found(tmp_path):
 client.flushdb(); client.keys('snn*'); client.select(3); eval('1'); redis.Redis(db=2); np.load(f, allow_pickle=True)
 client.register_script("redis.call('KEYS', '*')")""")
     assert len(faults(bad)) == 8
+
+
+@pytest.mark.parametrize(
+    "command", [["format", "--check"], ["check"]], ids=["format", "check"]
+)
+def test_code_is_formatted(command):
+    ruff = [sys.executable, "-m", "ruff", *command, "--no-cache"]
+    folders = ["nbs", "tests", "bin", "lambda_build"]
+    done = subprocess.run([*ruff, *folders], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ __all__ = ['bench']
 
 # %% ../../nbs/cli/06_bench.ipynb #46c30159
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 from rich.table import Table
 from typer import Option
@@ -45,7 +45,7 @@ def _table(timings: list) -> Table:
 
 def bench(
     data: Annotated[
-        Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")
+        Path | None, Option(help="A datasets.h5. Without it, the drawn data set is used.")
     ] = None,
     parameters: Annotated[
         Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
@@ -53,16 +53,17 @@ def bench(
     epochs: Annotated[int, Option(min=5, help="Of each run.")] = 60,
     repetitions: Annotated[int, Option(min=1, help="Each takes its turn this often.")] = 5,
     workers: Annotated[
-        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+        int | None, Option(min=1, help="Worker processes; as many as there are processors.")
     ] = None,
     quick: Annotated[
         bool, Option("--quick", help="20 epochs, 2 repetitions: a first impression.")
     ] = False,
-    plot: Annotated[Optional[Path], Option(help="A .png for the times as a picture.")] = None,
+    plot: Annotated[Path | None, Option(help="A .png for the times as a picture.")] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Time an epoch at each granularity, in turns with plain NumPy and, where installed, scikit-learn and PyTorch."
-    from snn.local import bench as benchmark, training
+    from snn.local import bench as benchmark
+    from snn.local import training
 
     _check_plot(plot)
     if quick:

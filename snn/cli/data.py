@@ -8,7 +8,7 @@ __all__ = ['app', 'Out', 'Size', 'facts', 'draw', 'pack', 'info', 'join', 'check
 # %% ../../nbs/cli/04_data.ipynb #756aaa4e
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -138,7 +138,7 @@ def join(
 def check(
     file: Annotated[Path, Argument(help="A datasets.h5, or the file with the training part.")],
     test: Annotated[
-        Optional[Path], Argument(help="The file with the test part, if it is another one.")
+        Path | None, Argument(help="The file with the test part, if it is another one.")
     ] = None,
 ) -> None:
     "Say all that is wrong with a data set."

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from typer import Option
@@ -22,10 +22,10 @@ from ..maths.parameters import InputError
 # %% ../../nbs/cli/70_deploy.ipynb #e754e394
 Stack = Annotated[str, Option(help="Name of the stack.")]
 Region = Annotated[
-    Optional[str], Option(help="AWS region, if not the environment's or the profile's.")
+    str | None, Option(help="AWS region, if not the environment's or the profile's.")
 ]
 Endpoint = Annotated[
-    Optional[str], Option("--endpoint-url", help="Address of an AWS on this machine.")
+    str | None, Option("--endpoint-url", help="Address of an AWS on this machine.")
 ]
 Machine = Annotated[str, Option("--architecture", help="arm64 or x86_64.")]
 
@@ -129,56 +129,57 @@ def _tell(event) -> None:
 
 def deploy(
     bucket: Annotated[
-        Optional[str], Option(help="Name of the S3 bucket to make, for data and models.")
+        str | None, Option(help="Name of the S3 bucket to make, for data and models.")
     ] = None,
-    stack: Annotated[Optional[str], Option(help="Name of the stack.")] = None,
+    stack: Annotated[str | None, Option(help="Name of the stack.")] = None,
     github_user: Annotated[
-        Optional[str], Option(help="GitHub user whose repository is used.")
+        str | None, Option(help="GitHub user whose repository is used.")
     ] = None,
     connection: Annotated[
-        Optional[str], Option(help="ARN of the CodeConnections connection to GitHub.")
+        str | None, Option(help="ARN of the CodeConnections connection to GitHub.")
     ] = None,
-    email: Annotated[Optional[str], Option(help="Who is told of runs and alarms.")] = None,
+    email: Annotated[str | None, Option(help="Who is told of runs and alarms.")] = None,
     region: Region = None,
     endpoint_url: Endpoint = None,
     architecture: Annotated[
-        Optional[str], Option(help="arm64 or x86_64; arm64 at first.")
+        str | None, Option(help="arm64 or x86_64; arm64 at first.")
     ] = None,
     python: Annotated[str, Option(hidden=True)] = "3.13",
     concurrency: Annotated[
-        Optional[int],
+        int | None,
         Option(
             min=0,
             help="Executions to reserve for NeuronLambda, as many for TrainerLambda; 0 for none.",
         ),
     ] = None,
     notebook: Annotated[
-        Optional[bool],
+        bool | None,
         Option("--notebook/--no-notebook", help="Run a SageMaker notebook instance."),
     ] = None,
     tracing: Annotated[
-        Optional[bool], Option("--tracing/--no-tracing", help="Trace invocations with X-Ray.")
+        bool | None, Option("--tracing/--no-tracing", help="Trace invocations with X-Ray.")
     ] = None,
     pipeline: Annotated[
-        Optional[bool],
+        bool | None,
         Option(
             "--pipeline/--no-pipeline", help="Make a Prediction API of each trained model."
         ),
     ] = None,
     certificate: Annotated[
-        Optional[str],
+        str | None,
         Option(help="ARN of a certificate for the Prediction API; it then speaks HTTPS."),
     ] = None,
-    domain: Annotated[Optional[str], Option(help="Name in the certificate.")] = None,
+    domain: Annotated[str | None, Option(help="Name in the certificate.")] = None,
     reviewers: Annotated[
-        Optional[str],
+        str | None,
         Option(
             help="Addresses, as 203.0.113.7/32, from which a new version may be looked at before it is approved."
         ),
     ] = "",
 ) -> None:
     "Create or update the stack on AWS. What is not given stays as it was when the stack was last deployed."
-    from snn.deploy import inputs as asked, stack as stacks
+    from snn.deploy import inputs as asked
+    from snn.deploy import stack as stacks
     from snn.deploy.package import HANDLERS, build
 
     _target(python, architecture or "arm64")
@@ -285,11 +286,11 @@ def upload(
     stack: Stack,
     data: Annotated[Path, Option(help="A datasets.h5.")],
     test: Annotated[
-        Optional[Path],
+        Path | None,
         Option(help="The file with the test part, if --data holds the training part alone."),
     ] = None,
     parameters: Annotated[
-        Optional[Path],
+        Path | None,
         Option(help="A parameters.json; without it, the one in the bucket is used."),
     ] = None,
     region: Region = None,
@@ -310,7 +311,7 @@ def upload(
 def watch(
     stack: Stack,
     run: Annotated[
-        Optional[str],
+        str | None,
         Option(help="Id of the run; without it, that of the files in the bucket."),
     ] = None,
     region: Region = None,

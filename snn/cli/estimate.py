@@ -7,7 +7,7 @@ __all__ = ['GRANULARITIES', 'size', 'best', 'estimate']
 
 # %% ../../nbs/cli/07_estimate.ipynb #2c9a636a
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 from rich.table import Table
 from typer import Option
@@ -108,23 +108,23 @@ def estimate(
         Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
     ] = Path("parameters.json"),
     data: Annotated[
-        Optional[Path],
+        Path | None,
         Option(
             help="A datasets.h5, of which only the size is read. Without it, the drawn data set is assumed."
         ),
     ] = None,
     region: Annotated[str, Option(help="AWS region whose prices are taken.")] = "us-east-1",
     granularity: Annotated[
-        Optional[str], Option(help="neuron, layer or network; all three, if not given.")
+        str | None, Option(help="neuron, layer or network; all three, if not given.")
     ] = None,
     epochs: Annotated[
-        Optional[int],
+        int | None,
         Option(
             min=1, help="Epochs that the run will take; without it, as many as it may take."
         ),
     ] = None,
     prices: Annotated[
-        Optional[Path],
+        Path | None,
         Option(help="A JSON file with prices, latencies and quotas that differ from ours."),
     ] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import typer
 from typer import Argument, Option
 
 from .console import out, print_json
-from ..maths import data as datasets, model as models
+from ..maths import data as datasets
+from ..maths import model as models
 from ..maths.parameters import InputError
 from ..maths.photographs import read_photograph
 

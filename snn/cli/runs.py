@@ -9,11 +9,9 @@ __all__ = ['Json', 'Run', 'facts', 'spending', 'runs', 'status', 'stop', 'resume
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
-import msgspec
 import redis
-import typer
 from rich.table import Table
 from typer import Argument, Option
 
@@ -147,7 +145,7 @@ def stop(run: Run) -> None:
 # %% ../../nbs/cli/05_runs.ipynb #b093694c
 def resume(
     run: Annotated[
-        Optional[str],
+        str | None,
         Argument(
             help="A run of the parameter server that SNN_REDIS_URL names; without it, the run cut short in --out."
         ),

@@ -52,6 +52,7 @@ def _application(model: Path, data: Path | None, run: Path | None, at_a_time: in
 def _start(application, listening: socket.socket) -> None:
     "Serve until Ctrl-C or SIGTERM; requests under way are finished."
     import logging
+
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

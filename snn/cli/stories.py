@@ -7,7 +7,7 @@ __all__ = ['Teller', 'pipeline', 'replay']
 
 # %% ../../nbs/cli/50_stories.ipynb #02a298ad
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -58,7 +58,7 @@ def pipeline(
         Path, Option("--out", help="Folder for notebooks, results, model and report.")
     ] = Path("out"),
     data: Annotated[
-        Optional[Path], Option(help="A datasets.h5. Without it, one is drawn.")
+        Path | None, Option(help="A datasets.h5. Without it, one is drawn.")
     ] = None,
     parameters: Annotated[
         Path,
@@ -69,31 +69,31 @@ def pipeline(
         ),
     ] = Path("parameters.json"),
     epochs: Annotated[
-        Optional[int],
+        int | None,
         Option(help="Epochs of the full training at most, instead of the file's."),
     ] = None,
     codebook_epochs: Annotated[
         int, Option(min=1, help="Epochs of the sample training in the Codebook.")
     ] = 10,
     granularity: Annotated[
-        Optional[str], Option(help="Of the full training: neuron, layer or network.")
+        str | None, Option(help="Of the full training: neuron, layer or network.")
     ] = None,
     aggregation: Annotated[
-        Optional[str], Option(help="Of the full training: best or mean.")
+        str | None, Option(help="Of the full training: best or mean.")
     ] = None,
-    seed: Annotated[Optional[int], Option(help="Of weights and shuffles.")] = None,
+    seed: Annotated[int | None, Option(help="Of weights and shuffles.")] = None,
     unseen: Annotated[
-        Optional[Path], Option(help="Folder of your pictures, for the Analysis.")
+        Path | None, Option(help="Folder of your pictures, for the Analysis.")
     ] = None,
     bucket: Annotated[
         str, Option(help="Bucket of a deployed stack; without it, all stays on this machine.")
     ] = "",
     region: Annotated[str, Option(help="Region of that bucket.")] = "",
     workers: Annotated[
-        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+        int | None, Option(min=1, help="Worker processes; as many as there are processors.")
     ] = None,
     notebooks: Annotated[
-        Optional[Path],
+        Path | None,
         Option(help="Folder of Codebook.ipynb and Analysis.ipynb; that of this clone."),
     ] = None,
 ) -> None:
@@ -129,7 +129,7 @@ def replay(
     neuron: Annotated[int, Option(help="From 0.")],
     direction: Annotated[str, Option(help="forward or backward.")] = "forward",
     data: Annotated[
-        Optional[Path],
+        Path | None,
         Option(
             help="The datasets.h5 of the run. Without it, what lies in the bucket, or the drawn data set."
         ),

@@ -9,11 +9,10 @@ __all__ = ['chosen_parameters', 'summary', 'train', 'what_next', 'local', 'news'
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import msgspec
 import redis
-import typer
 from typer import Option
 
 from .console import TrainingProgress, duration, err, out, print_json
@@ -73,10 +72,10 @@ def _check_folder(folder: Path) -> None:
 # %% ../../nbs/cli/02_train.ipynb #b6c850f1
 def train(
     data: Annotated[
-        Optional[Path], Option(help="A datasets.h5. Without it, the drawn data set is used.")
+        Path | None, Option(help="A datasets.h5. Without it, the drawn data set is used.")
     ] = None,
     test: Annotated[
-        Optional[Path],
+        Path | None,
         Option(help="The file with the test part, if --data holds the training part alone."),
     ] = None,
     parameters: Annotated[
@@ -86,17 +85,17 @@ def train(
         Path, Option("--out", help="Folder for results, model and plot.")
     ] = Path("out"),
     epochs: Annotated[
-        Optional[int], Option(help="Epochs at most, instead of the file's.")
+        int | None, Option(help="Epochs at most, instead of the file's.")
     ] = None,
     granularity: Annotated[
-        Optional[str], Option(help="What one NeuronLambda computes: neuron, layer or network.")
+        str | None, Option(help="What one NeuronLambda computes: neuron, layer or network.")
     ] = None,
     aggregation: Annotated[
-        Optional[str], Option(help="Of the mini-batches' gradients: best or mean.")
+        str | None, Option(help="Of the mini-batches' gradients: best or mean.")
     ] = None,
-    seed: Annotated[Optional[int], Option(help="Of weights and shuffles.")] = None,
+    seed: Annotated[int | None, Option(help="Of weights and shuffles.")] = None,
     workers: Annotated[
-        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+        int | None, Option(min=1, help="Worker processes; as many as there are processors.")
     ] = None,
     runtime: Annotated[
         str,
@@ -185,7 +184,7 @@ Ctrl-C ends the cloud and all that is in it.
 # %% ../../nbs/cli/02_train.ipynb #b239e2de
 def local(
     workers: Annotated[
-        Optional[int], Option(min=1, help="Worker processes; as many as there are processors.")
+        int | None, Option(min=1, help="Worker processes; as many as there are processors.")
     ] = None,
     ledger: Annotated[
         str, Option(help="Where invocations are recorded: store (fast) or dynamodb.")

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import msgspec
-import redis
 from msgspec import Raw, Struct
 
 from .messages import Message, Plan

@@ -9,7 +9,6 @@ __all__ = ['FUNCTIONS', 'Usage', 'cost_units', 'gb_seconds', 'bill', 'files_and_
 # %% ../../nbs/cloud/09_meter.ipynb #8875e871
 from datetime import UTC, datetime
 from math import ceil
-from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct, field

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from .bucket import Bucket, Topic

@@ -20,7 +20,7 @@ from .designs import with_residents
 from .simulation import Outcome, Place, enough_epochs, on_aws, simulate
 from .work import Work, epoch_work, run_work
 from ..maths import data as datasets
-from ..maths.parameters import InputError, Parameters
+from ..maths.parameters import Parameters
 
 # %% ../../nbs/estimate/04_estimate.ipynb #eb3bfac0
 DRAWN = (

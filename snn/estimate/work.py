@@ -7,11 +7,9 @@ __all__ = ['STEPS', 'images_in', 'block_size', 'inputs_of', 'shapes', 'bytes_of'
            'epoch_work', 'run_work']
 
 # %% ../../nbs/estimate/01_work.ipynb #2aace551
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from msgspec import Struct, field
 
@@ -25,9 +23,8 @@ from snn.cloud.messages import (
     trainer_messages,
 )
 from ..cloud.store import size_of
-from ..handlers import launch, neuron, trainer
+from ..handlers import neuron, trainer
 from ..maths.network import MOMENTS
-from ..maths.parameters import Parameters
 
 # %% ../../nbs/estimate/01_work.ipynb #b6a4f9cb
 def images_in(

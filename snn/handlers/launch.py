@@ -43,7 +43,7 @@ from snn.handlers.inputs import (
 )
 from .stay import resident
 from ..maths import data, model
-from ..maths.network import Layer, activations, best_batch, cost, mean_of, reached, step
+from ..maths.network import activations, best_batch, cost, mean_of, reached, step
 from ..maths.parameters import InputError, Parameters, parse
 
 # %% ../../nbs/handlers/06_launch.ipynb #baa3d59f

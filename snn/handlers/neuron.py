@@ -12,8 +12,8 @@ import time
 import msgspec
 import numpy as np
 
-from ..cloud.messages import Message, Plan, after_layer, block_count
 from ..cloud.deadline import in_time
+from ..cloud.messages import Message, Plan, after_layer, block_count
 from ..cloud.services import Services, process_services
 from ..cloud.telemetry import told
 from snn.handlers.inputs import (

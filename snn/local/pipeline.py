@@ -54,7 +54,9 @@ def check(
 ) -> None:
     "Raise an `InputError` for the first thing that would make a stage fail."
     try:
-        import nbconvert, papermill, sklearn  # noqa: F401
+        import nbconvert  # noqa: F401
+        import papermill  # noqa: F401
+        import sklearn  # noqa: F401
     except ImportError as error:
         raise InputError(
             f"the pipeline needs {error.name}, which is not installed: pip install 'snn[notebooks]'"

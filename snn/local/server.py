@@ -153,6 +153,7 @@ def examine(
 ) -> Server:  # the same
     "Raise an `InputError` unless a run can be trusted to a parameter server of somebody else's."
     import redis
+
     from snn.cloud.bus import Queue
     from snn.cloud.store import Store
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import redis
 
-from ..cloud.bus import Envelope, Queue
+from ..cloud.bus import Envelope
 from ..cloud.services import Services, process_services, surroundings
 from ..cloud.store import Refusing
 from ..handlers.stay import attempt

@@ -13,7 +13,7 @@ import numpy as np
 
 from .data import WEIGHTS, generator, mini_batches
 from .neuron import backward, forward, input_gradient
-from .parameters import Optimizer, Parameters
+from .parameters import Parameters
 
 # %% ../../nbs/maths/04_network.ipynb #bfa7434c
 Layer = tuple[

@@ -20,7 +20,8 @@ import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -40,7 +41,7 @@ from snn.serve.guard import (
     with_heads,
     without_traces,
 )
-from .meter import CONTENT_TYPE_LATEST, Meter, metered
+from .meter import Meter, metered
 from .model import Live, Served
 from .pictures import refuse_bombs
 from .problems import KINDS, MEDIA_TYPE, Problem, from_status, wants_page

@@ -14,7 +14,7 @@ from urllib.parse import urljoin
 
 import httpcore2
 
-from .addresses import INTERNET, Address, Network, judged, parse
+from .addresses import INTERNET, Network, judged, parse
 from .problems import Problem
 
 # %% ../../nbs/serve/03_fetch.ipynb #7d57c0e0

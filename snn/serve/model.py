@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ def load(
     if sources.data:
         evaluation = evaluate(model, *data.read_test(sources.data))
     run = _run(sources.run) if sources.run else None
-    return Served(model, model_id(model), datetime.now(timezone.utc), evaluation, run)
+    return Served(model, model_id(model), datetime.now(UTC), evaluation, run)
 
 # %% ../../nbs/serve/05_model.ipynb #723276e1
 log = logging.getLogger("snn.serve")

@@ -13,11 +13,9 @@ import numpy as np
 from ..maths.model import wilson_interval
 from snn.viz.style import (
     BLUE,
-    GREEN,
     GREY,
     INK,
     ORANGE,
-    PALE,
     PURPLE,
     SKY,
     VERMILLION,

@@ -15,7 +15,6 @@ from .neurons import weights_as_images
 from snn.viz.style import (
     BLUE,
     GREEN,
-    GREY,
     INK,
     ORANGE,
     PALE,

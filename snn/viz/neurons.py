@@ -23,7 +23,6 @@ from snn.viz.style import (
     GREY,
     INK,
     ORANGE,
-    PALE,
     SKY,
     VERMILLION,
     Sheet,

@@ -8,8 +8,8 @@ import boto3
 import msgspec
 import pytest
 
-from snn.deploy.wheels import Target, find_python, here
 from snn.cloud.messages import Plan
+from snn.deploy.wheels import Target, find_python, here
 from snn.local import cloud as local_cloud
 from snn.local.lambda_runtime import Function, LambdaWorkers, Runtime
 from snn.local.server import local_aws, parameter_server

@@ -437,6 +437,7 @@ def test_what_a_service_and_an_image_would_leave_is_removed(account):
 
 def test_what_cannot_be_deleted_is_named(account, inputs, packages, monkeypatch):
     from botocore.exceptions import ClientError
+
     from snn.deploy import teardown
 
     assert deploy(account, inputs, packages, OPTIONS, every=0.2) == "created"

@@ -122,7 +122,7 @@ def lines(cloud, until, parameters, datasets):
         lambda: cloud.services.runs.knows(run) and cloud.state(run) == "finished",
         "the run has finished",
     )
-    cloud.put("Neuron", Message("NeuronLambda", "forward", run, 2, 0, 1, 0, 1, source=f"1/0"))
+    cloud.put("Neuron", Message("NeuronLambda", "forward", run, 2, 0, 1, 0, 1, source="1/0"))
     said = lambda word: any(word in line["message"] for line in cloud.lines())
     until(lambda: said("duplicate"), "the duplicate was told")
 

@@ -4,7 +4,8 @@ import json
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from snn.cloud.meter import reading
 from snn.cloud.prices import load

@@ -2,17 +2,16 @@
 
 import json
 import os
-import time
 
 import msgspec
 import numpy as np
 import pytest
 
 from snn.cloud.meter import uploaded_at
+from snn.cloud.runs import Status
 from snn.estimate.designs import default_plan
 from snn.handlers import launch
 from snn.handlers.launch import over_limit
-from snn.cloud.runs import Status
 from snn.local.cloud import LocalCloud
 from snn.maths import data, network
 from snn.maths.parameters import InputError, from_dict

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from snn.cloud.meter import FUNCTIONS, Usage, bill, cost_units
 from snn.cloud.prices import OURS, load

@@ -20,7 +20,6 @@ from snn.local import training
 from snn.local.cloud import LocalCloud
 from snn.local.server import parameter_server
 from snn.local.worker import Workers
-from snn.maths import data
 
 
 def bytes_of(path) -> dict[str, bytes]:

@@ -3,10 +3,10 @@
 from functools import lru_cache
 
 import msgspec
-import numpy as np
 import pytest
 import redis
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from snn.handlers import checkpoint
 from snn.local.faults import (

@@ -12,15 +12,13 @@ import pytest
 import redis
 
 from snn.cloud import store as store_room
-from snn.cloud.bus import DEAD
 from snn.cloud.messages import Message
 from snn.cloud.services import Services
-from snn.cloud.store import Refusing, Store, connect, key, patiently
+from snn.cloud.store import connect, key
 from snn.handlers.launch import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud
-from snn.local.server import find_server_program, parameter_server
-from snn.maths.parameters import InputError
+from snn.local.server import find_server_program
 
 
 def bytes_of(path) -> dict[str, bytes]:

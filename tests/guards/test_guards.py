@@ -18,7 +18,7 @@ from snn.handlers.inputs import end_early, forget
 from snn.local.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import data, model, network
-from snn.maths.parameters import InputError, from_dict
+from snn.maths.parameters import from_dict
 
 GRANULARITIES = ("neuron", "layer", "network")
 PEACE = Schedule(0, ())

@@ -153,8 +153,10 @@ def test_the_state_is_told(client):
 
 def test_a_data_set_and_a_run_tell_how_good_the_model_is(model_path, tmp_path):
     import json
+
     import numpy as np
     from starlette.testclient import TestClient
+
     from snn.maths import data
     from snn.serve.api import create
     from snn.serve.model import Live, Sources

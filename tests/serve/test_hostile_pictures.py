@@ -4,8 +4,8 @@ import struct
 import zlib
 
 import pytest
-from serving import photograph, saved
 from PIL import Image, ImageFile
+from serving import photograph, saved
 
 from snn.serve.pictures import MEGAPIXELS
 

@@ -6,10 +6,10 @@ schemathesis = pytest.importorskip(
     "schemathesis", reason="schemathesis is not installed: pip install 'snn[test]'"
 )
 
-from serving import small_model
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import small_model
 
 from snn.maths.model import write
 from snn.serve.addresses import Network
