@@ -1,0 +1,95 @@
+"""The model of a run is the same to the byte as it was when these hashes were written down."""
+
+import hashlib
+import json
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from snn.handlers.inputs import forget
+from snn.local.faults import SMALL, Schedule, run_in_lab, small_datasets
+from snn.local.server import parameter_server
+from snn.maths import data, network
+from snn.maths.parameters import from_dict
+
+WRITTEN = Path(__file__).with_suffix(".json")
+GRANULARITIES = ("neuron", "layer", "network")
+OPTIMIZERS = {
+    "sgd": {"name": "sgd"},
+    "momentum": {"name": "momentum", "l2": 0.01},
+    "adam": {"name": "adam"},
+}
+RUNS = {
+    f"{aggregation} {optimizer}": {"aggregation": aggregation, "optimizer": settings}
+    for aggregation, (optimizer, settings) in product(("best", "mean"), OPTIMIZERS.items())
+} | {
+    "single": {"dtype": "float32", "seed": 5},
+    "validation": {"validation_fraction": 0.25, "patience": 2, "batch_size": 5},
+}
+
+
+def digest(layers) -> str:
+    "A fingerprint of all weights and biases."
+    return hashlib.sha256(
+        b"".join(a.tobytes() for W, b, *_ in layers for a in (W, b))
+    ).hexdigest()
+
+
+def plain_numpy(parameters, content: bytes) -> str:
+    "What the reference gives on this machine: another BLAS may round the last bit otherwise."
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "datasets.h5")
+        path.write_bytes(content)
+        found = data.read(path)
+    X = data.standardise(found.train_x, parameters.dtype)
+    *_, (_, layers) = network.train(parameters, X, found.train_y)
+    return digest(layers)
+
+
+def handlers(parameters, content: bytes, url: str) -> str:
+    "What a run leaves in params.h5."
+    forget()
+    return digest(run_in_lab(Schedule(0, ()), url, parameters, content).layers)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with parameter_server() as started:
+        yield started
+
+
+def chosen(name: str, **changes):
+    return from_dict({**SMALL, "epochs": 3, **RUNS[name], **changes})
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_bytes_of_a_model_are_those_of_before(name, server):
+    written, content = json.loads(WRITTEN.read_text())[name], small_datasets()
+    if plain_numpy(chosen(name), content) != written["plain NumPy"]:
+        pytest.skip("plain NumPy itself rounds otherwise on this machine")
+    for granularity in GRANULARITIES:
+        found = handlers(chosen(name, granularity=granularity), content, server.url)
+        assert found == written[granularity], granularity
+
+
+def write(server) -> None:
+    "Write the hashes down: only where a change of the numbers is wanted."
+    content = small_datasets()
+    found = {
+        name: {"plain NumPy": plain_numpy(chosen(name), content)}
+        | {
+            g: handlers(chosen(name, granularity=g), content, server.url)
+            for g in GRANULARITIES
+        }
+        for name in RUNS
+    }
+    WRITTEN.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with parameter_server() as opened:
+        np.seterr(all="ignore")
+        write(opened)
