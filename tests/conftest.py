@@ -36,7 +36,7 @@ import hypothesis
 import msgspec
 
 from snn.cloud.bucket import Upload
-from snn.handlers.launch import run_id
+from snn.handlers.upload import run_id
 from snn.local.cloud import LocalCloud
 from snn.maths import data
 from snn.maths.parameters import Parameters, from_dict

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.cloud.bucket import Bucket
+from snn.cloud.bucket import Bucket, Upload
 from snn.cloud.messages import Message, invocations_per_epoch
 from snn.cloud.services import Services
 from snn.cloud.store import decode
 from snn.handlers import launch, trainer
 from snn.handlers import neuron as neuron_lambda
+from snn.handlers.upload import start
 from snn.local.pipeline import (
     NotebookFailed,
     Request,
@@ -402,7 +403,7 @@ def test_a_replay_gives_the_numbers_of_the_invocation(
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
-    run = launch.start(launch.Upload("hand", "input/datasets.h5", "etag"), services)
+    run = start(Upload("hand", "input/datasets.h5", "etag"), services)
     run_until(
         services, lambda message: message.function == "LaunchLambda" and message.epoch == 2
     )
@@ -435,7 +436,7 @@ def test_a_replayed_event_is_the_one_that_was_sent(
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
-    run = launch.start(launch.Upload("hand", "input/datasets.h5", "etag"), services)
+    run = start(Upload("hand", "input/datasets.h5", "etag"), services)
     sent = []
     run_until(
         services,

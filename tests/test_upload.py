@@ -13,7 +13,7 @@ from boto3.s3.transfer import TransferConfig
 
 from snn.cloud.bucket import Upload
 from snn.cloud.bus import DEAD, QUEUE, taken_by
-from snn.handlers.launch import run_id
+from snn.handlers.upload import run_id
 from snn.maths import data
 
 

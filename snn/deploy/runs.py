@@ -20,7 +20,7 @@ from botocore.exceptions import ClientError
 from ..cloud.bucket import Bucket, Upload
 from ..cloud.messages import LAMBDA, check_run
 from .inputs import Account, describe, parameters_of
-from ..handlers.launch import run_id
+from ..handlers.upload import run_id
 from ..maths import data as datasets
 from ..maths.parameters import InputError, parse, read
 

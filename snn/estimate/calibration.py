@@ -19,7 +19,7 @@ import numpy as np
 from ..cloud.messages import Plan
 from .designs import default_plan
 from .simulation import FUNCTIONS, Place, simulate
-from ..handlers.launch import run_id
+from ..handlers.upload import run_id
 from ..local.cloud import LocalCloud
 from ..local.worker import cores
 from ..maths.parameters import Parameters

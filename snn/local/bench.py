@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from ..cloud.messages import Plan, invocations_per_epoch
-from ..handlers.launch import run_id
+from ..handlers.upload import run_id
 from .cloud import LocalCloud
 from ..maths import data
 from ..maths.network import train

@@ -23,6 +23,7 @@ from ..cloud.services import Services
 from ..cloud.store import Incomplete
 from ..handlers import checkpoint, launch, neuron, trainer, watch
 from ..handlers.inputs import forget
+from ..handlers.upload import handle_upload, run_id
 from ..maths import data, model
 from ..maths.network import Layer
 from ..maths.parameters import InputError, Parameters
@@ -265,9 +266,9 @@ def run_in_lab(
         0,
     )
     lab.services.store.adapter.client.execute_command("FLUSH" + "ALL")
-    launch.handle_upload(upload, lab.services)
+    handle_upload(upload, lab.services)
     lab.services.bus.settle()
-    name = launch.run_id(upload, parameters)
+    name = run_id(upload, parameters)
     while f"training_results/{name}/run.json" not in lab.bucket or not _ended(lab, name):
         lab.queue += lab.bus.sent
         lab.bus.sent.clear()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..cloud.bucket import Bucket, Upload
-from ..handlers.launch import run_id
+from ..handlers.upload import run_id
 from .replay import open_bucket, record_in_bucket
 from .training import Progress, drawn_datasets, fetch, train
 from ..maths import data

@@ -26,7 +26,7 @@ from ..cloud import bus, store
 from ..cloud.bucket import Upload
 from ..cloud.runs import Runs
 from ..cloud.services import Services
-from ..handlers import inputs, launch
+from ..handlers import inputs, upload
 from . import worker
 from .cloud import BUCKET
 from .server import local_aws, parameter_server
@@ -180,7 +180,7 @@ def _train(services: Services, parameters: Parameters, datasets: Path) -> None:
     bucket.client.create_bucket(Bucket=BUCKET)
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
     bucket.put("training_input/datasets.h5", Path(datasets).read_bytes())
-    run = launch.start(Upload(BUCKET, "training_input/datasets.h5", "profile"), services)
+    run = upload.start(Upload(BUCKET, "training_input/datasets.h5", "profile"), services)
     services.store.flush()
     while (status := services.runs.status(run)).state == "running":
         time.sleep(0.01)

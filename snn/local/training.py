@@ -23,7 +23,7 @@ from ..cloud.messages import Plan, check_run, memory_here
 from ..cloud.runs import Status
 from ..cloud.services import Services
 from ..handlers import checkpoint
-from ..handlers.launch import run_id
+from ..handlers.upload import run_id
 from .cloud import LocalCloud
 from ..maths import data, model
 from ..maths.parameters import InputError, Parameters

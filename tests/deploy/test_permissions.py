@@ -17,6 +17,7 @@ from snn.cloud.messages import Message  # noqa: E402
 from snn.cloud.residents import Seat  # noqa: E402
 from snn.cloud.services import Services  # noqa: E402
 from snn.handlers import checkpoint, inputs, launch, neuron, trainer, watch  # noqa: E402
+from snn.handlers.upload import handle_upload, run_id  # noqa: E402
 from snn.local.server import local_aws, parameter_server  # noqa: E402
 from snn.maths import data  # noqa: E402
 from snn.maths.parameters import from_dict  # noqa: E402
@@ -152,9 +153,9 @@ class Account:
         )["ETag"].strip('"')
         self.asked.clear()
         self.running = "LaunchLambda"
-        launch.handle_upload(Upload("cats", "training_input/datasets.h5", etag), self.services)
+        handle_upload(Upload("cats", "training_input/datasets.h5", etag), self.services)
         self.services.bus.settle()
-        return launch.run_id(Upload("cats", "training_input/datasets.h5", etag), chosen)
+        return run_id(Upload("cats", "training_input/datasets.h5", etag), chosen)
 
     def forbidden(self) -> list[tuple]:
         "What was asked and is not allowed."

@@ -20,7 +20,7 @@ from snn.cloud.services import Services  # noqa: E402
 from snn.cloud.store import tag  # noqa: E402
 from snn.cloud.telemetry import NAMESPACE  # noqa: E402
 from snn.deploy.package import HANDLERS, unzip  # noqa: E402
-from snn.handlers.launch import run_id  # noqa: E402
+from snn.handlers.upload import run_id  # noqa: E402
 from snn.local.lambda_runtime import Function, Runtime, announced  # noqa: E402
 from snn.local.server import local_aws, parameter_server  # noqa: E402
 

@@ -15,6 +15,7 @@ from snn.cloud.store import Outbox, Store
 from snn.estimate.designs import default_plan
 from snn.estimate.simulation import World, on_aws
 from snn.handlers import inputs, launch, neuron, trainer
+from snn.handlers.upload import start
 from snn.local.faults import LabBucket, LabBus
 from snn.local.server import parameter_server
 from snn.maths import data
@@ -95,7 +96,7 @@ def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
             "in/parameters.json": msgspec.json.encode(chosen),
         }
     )
-    run = launch.start(
+    run = start(
         Upload("lab", "in/datasets.h5", f"{chosen.granularity}{chosen.aggregation}"), services
     )
     services.bus.settle()

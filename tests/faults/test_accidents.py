@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from snn.cloud.store import connect
-from snn.handlers.launch import run_id
+from snn.handlers.upload import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud
 from snn.local.server import parameter_server

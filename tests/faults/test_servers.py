@@ -15,7 +15,7 @@ from snn.cloud import store as store_room
 from snn.cloud.messages import Message
 from snn.cloud.services import Services
 from snn.cloud.store import connect, key
-from snn.handlers.launch import run_id
+from snn.handlers.upload import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud
 from snn.local.server import find_server_program

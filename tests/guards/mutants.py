@@ -41,6 +41,7 @@ ROOMS = {
             "snn/handlers/neuron.py",
             "snn/handlers/trainer.py",
             "snn/handlers/launch.py",
+            "snn/handlers/upload.py",
         ),
         HANDLED,
     ),

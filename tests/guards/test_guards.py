@@ -15,6 +15,7 @@ from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
 from snn.handlers import checkpoint, launch, watch
 from snn.handlers.inputs import end_early, forget
+from snn.handlers.upload import NAME, handle_upload, run_id
 from snn.local.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import data, model, network
@@ -56,9 +57,9 @@ def lab(server):
         made = Lab(PEACE, server.url, files)
         made.services.__dict__["topic"] = made.mails = Mails()
         made.services.store.adapter.client.execute_command("FLUSHALL")
-        launch.handle_upload(UPLOAD, made.services)
+        handle_upload(UPLOAD, made.services)
         made.services.bus.settle()
-        made.run = launch.run_id(UPLOAD, parameters)
+        made.run = run_id(UPLOAD, parameters)
         return made
 
     return begin
@@ -123,7 +124,7 @@ def test_mini_batches_that_tie_do_not_all_learn(lab, tmp_path):
 def test_an_upload_told_twice_sends_nothing_twice(lab):
     begun = lab(small())
     first = take(begun)
-    launch.handle_upload(UPLOAD, begun.services)
+    handle_upload(UPLOAD, begun.services)
     begun.services.bus.settle()
     plan = begun.services.runs.plan(begun.run)
     assert first == epoch_messages(plan, 0, "", hop=1)
@@ -201,7 +202,7 @@ def test_a_launch_that_dies_after_a_step_leaves_what_the_neurons_need(step, lab,
     with monkeypatch.context() as patched:
         patched.setattr(Runs if step == "begin" else checkpoint, step, die)
         with pytest.raises(Died):
-            launch.handle_upload(UPLOAD, services)
+            handle_upload(UPLOAD, services)
     services.bus.settle()
     forget()
     watch.watch(services, "lab")  # sees how far the run is
@@ -271,7 +272,7 @@ def test_the_deadline_counts_the_epoch_to_come(lab, monkeypatch):
     plan = plan.plan(plan.names()[-1])
     now = 1_000_000.0
     monkeypatch.setattr(launch.time, "time", lambda: now)
-    started = datetime.fromtimestamp(now - 8, UTC).strftime(launch.NAME)
+    started = datetime.fromtimestamp(now - 8, UTC).strftime(NAME)
     limited = msgspec.structs.replace(plan.parameters, deadline=10.0)
     plan = msgspec.structs.replace(plan, parameters=limited, started=started)
     after = lambda seconds: launch.over_limit(plan, Status(), Status(updated=now - seconds))
