@@ -8,6 +8,7 @@ __all__ = ['serve']
 # %% ../../nbs/cli/60_serve.ipynb #d6a0fb98
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def _port(host: str, port: int) -> socket.socket:
         ) from None
 
 # %% ../../nbs/cli/60_serve.ipynb #bef23d48
-def _application(model: Path, data: Path | None, run: Path | None, at_a_time: int):
+def _application(*sources: Path | None, at_a_time: int):
     "The web application; raises `InputError`."
     try:
         from snn.serve.api import Settings, create
@@ -46,7 +47,7 @@ def _application(model: Path, data: Path | None, run: Path | None, at_a_time: in
         raise InputError(
             f"serving needs the package {error.name}; install it with: pip install 'snn[serve]'"
         ) from None
-    return create(Live(Sources(model, data, run)), Settings(requests=at_a_time))
+    return create(Live(Sources(*sources)), Settings(requests=at_a_time))
 
 # %% ../../nbs/cli/60_serve.ipynb #f8dbed9a
 def _start(application, listening: socket.socket) -> None:
@@ -90,17 +91,25 @@ def serve(
             help="The run.json of the training; /model shows its name, its cost and its data's ETag."
         ),
     ] = None,
+    parameters: Annotated[
+        Path | None,
+        typer.Option(help="A parameters.json, for a params.h5 that holds weights alone."),
+    ] = None,
     at_a_time: Annotated[
         int,
         typer.Option(min=1, help="Requests to work on at a time; more are told to come back."),
     ] = 64,
 ) -> None:
     "Serve a trained model: a page for people and an API for programs."
-    application = _application(model, data, run, at_a_time)
+    application = _application(model, data, run, parameters, at_a_time=at_a_time)
+    served = application.state.service.live.current
+    if served.model.assumed:
+        more = "" if parameters else " (--parameters FILE says otherwise)"
+        print(f"{model} {served.model.assumed}{more}", file=sys.stderr, flush=True)
     listening = _port(host, port)
     shown = f"[{host}]" if ":" in host else host
     print(
-        f"Model {application.state.service.live.current.id} answers at http://{shown}:{listening.getsockname()[1]}/ (stop with Ctrl-C)",
+        f"Model {served.id} answers at http://{shown}:{listening.getsockname()[1]}/ (stop with Ctrl-C)",
         flush=True,
     )
     _start(application, listening)

@@ -41,6 +41,7 @@ class Sources(NamedTuple):
     model: Path  # params.h5
     data: Path | None = None  # datasets.h5, whose test part tells how good the model is
     run: Path | None = None  # run.json of the training
+    parameters: Path | None = None  # parameters.json, for a params.h5 of weights alone
 
 
 class Served(NamedTuple):
@@ -70,7 +71,7 @@ def load(
     sources: Sources,
 ) -> Served:
     "Read a model and all that is known about it; raises `InputError`."
-    model = read(sources.model)
+    model = read(sources.model, sources.parameters)
     evaluation = None
     if sources.data:
         evaluation = evaluate(model, *data.read_test(sources.data))
@@ -118,6 +119,8 @@ class Live:
             return False
         self.current = new
         log.info("Model %s answers from now on", new.id)
+        if new.model.assumed:
+            log.warning("%s %s", self.sources.model, new.model.assumed)
         return True
 
     async def watch(

@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import boto3
+import h5py
 import msgspec
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from snn.deploy.image import collect
 from snn.local.server import local_aws
 from snn.maths import data, model, network
 from snn.maths.parameters import InputError, from_dict
+from snn.serve.model import model_id
 
 EVENT = {
     "executionDetails": {
@@ -247,9 +249,13 @@ def right(trained, drawn_data):
 def leave(s3, tmp_path_factory):
     "Puts a model into the bucket as a run does when it ends; returns the version of prediction_input/params.h5."
 
-    def put(trained_model, run):
+    def put(trained_model, run, alone=False):
         path = tmp_path_factory.mktemp("run") / "params.h5"
         model.write(trained_model, path)
+        if alone:  # as the original wrote it
+            with h5py.File(path, "r+") as file:
+                for key in list(file.attrs):
+                    del file.attrs[key]
         etag = s3.head_object(Bucket="cats", Key="training_input/datasets.h5")["ETag"].strip(
             '"'
         )
@@ -365,7 +371,7 @@ def ask(aws, mails, monkeypatch):
 
 
 def test_the_two_models_of_the_original_go_through_it_one_after_the_other(
-    leave, serve, ask, between, trained, right, capsys
+    leave, serve, ask, between, trained, right, capsys, monkeypatch
 ):
     "The Codebook's 10 epochs first; then the fully trained one; and then no way back to the first."
     nobody = between()
@@ -378,6 +384,11 @@ def test_the_two_models_of_the_original_go_through_it_one_after_the_other(
         and "snn approve --stack Cats" in text
         and early in text
     )
+
+    assert "bin/deploy --stack Cats --reviewers YOUR.IP.ADDRESS/32" in text  # nobody may look
+    monkeypatch.setenv("SNN_REVIEWERS", "203.0.113.7/32")
+    status, subject, text = ask(early, nobody, early_id)
+    assert f"Look at it: {early}/ (open to 203.0.113.7/32)" in text
 
     full_id, full = serve(leave(trained[300], "full"))
     status, _, text = ask(full, early, full_id)
@@ -396,9 +407,18 @@ def test_the_two_models_of_the_original_go_through_it_one_after_the_other(
     status, _, text = ask(full, full, full_id)  # the same model with other code around it
     assert status == "SUCCEEDED"
     logged = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["accepted"] for line in logged] == [True, True, False, True] and logged[0][
-        "deployment"
-    ] == EVENT["resourceArn"]
+    assert [line["accepted"] for line in logged] == [True, True, True, False, True] and logged[
+        0
+    ]["deployment"] == EVENT["resourceArn"]
+
+
+def test_a_model_file_of_weights_alone_passes_as_the_whole_one_does(
+    leave, serve, ask, between, trained, right
+):
+    name, url = serve(leave(trained[300], "alone", alone=True))
+    assert name == model_id(trained[300])
+    status, _, text = ask(url, between(), name)
+    assert status == "SUCCEEDED" and f"is right on {right[300]} of 50 test images" in text
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,156 @@
+"""Who comes from the system of 2018 misses nothing: its files are read, and what it did has its counterpart here."""
+
+import json
+import re
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from snn.deploy.gate import Service, questions, said_of
+from snn.local.pipeline import default_notebooks, run_notebook
+from snn.maths import data, model, network
+from snn.serve.model import model_id
+
+
+@pytest.fixture
+def weights_alone(tmp_path, parameters):
+    "Writes what the original wrote: W1, b1, ... and nothing else. Returns the file and the whole model."
+
+    def write(sizes=(20, 7, 5, 1), size=8, hidden="relu", scale=1.5):
+        chosen = parameters(sizes, hidden)
+        layers = [layer[:2] for layer in network.initialise(chosen, size * size * 3)]
+        layers = [(W * scale, b + 0.01) for W, b in layers]
+        path = tmp_path / "original.h5"
+        with h5py.File(path, "w") as file:
+            for l, (W, b) in enumerate(layers, start=1):
+                file.create_dataset(f"W{l}", data=W)
+                file.create_dataset(f"b{l}", data=b)
+        return path, model.Model(chosen, layers, size=size)
+
+    return write
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Some pictures of noise, as files."
+    rng, paths = np.random.default_rng(3), []
+    for i in range(4):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(paths[-1])
+    return paths
+
+
+def seen(paths) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+ASSUMED = "assumed: relu in each layer and sigmoid in the last, images of 8x8 pixels, classes non-cat and cat"
+
+
+def test_a_model_file_of_weights_alone_predicts_and_says_what_was_assumed(
+    snn, weights_alone, pictures
+):
+    path, whole = weights_alone()
+    code, said, error = snn("predict", "--model", path, "--json", *pictures)
+    answers = [answer["probability"] for answer in json.loads(said)]
+    assert code == 0 and np.ptp(answers) > 0.001
+    np.testing.assert_allclose(answers, whole.probabilities(seen(pictures)), rtol=1e-12)
+    assert error == (
+        f"{path} holds weights alone; {ASSUMED} (--parameters FILE says otherwise)\n"
+    )
+
+
+def test_a_parameters_file_says_otherwise(snn, weights_alone, pictures, tmp_path):
+    path, whole = weights_alone(hidden="tanh")
+    values = {
+        "epochs": 5000,
+        "layers": 4,
+        "activations": whole.parameters.activations,
+        "neurons": whole.parameters.neurons,
+        "learning_rate": 0.0075,
+        "batch_size": 64,
+        "threshold": 0.0019,
+    }
+    (tmp_path / "parameters.json").write_text(json.dumps(values))
+    given = ("--parameters", tmp_path / "parameters.json")
+    code, said, error = snn("predict", "--model", path, *given, "--json", *pictures)
+    answers = [answer["probability"] for answer in json.loads(said)]
+    np.testing.assert_allclose(answers, whole.probabilities(seen(pictures)), rtol=1e-12)
+    assert code == 0 and "relu" not in error and "images of 8x8 pixels" in error
+
+
+def test_it_is_evaluated_as_the_whole_model(snn, weights_alone, small_data):
+    path, whole = weights_alone()
+    code, said, error = snn("evaluate", "--model", path, "--data", small_data, "--json")
+    found = data.read(small_data)
+    right = (whole.probabilities(found.test_x) >= 0.5) == found.test_y
+    assert code == 0 and json.loads(said)["accuracy"] == right.mean() and ASSUMED in error
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda file: file.pop("W3"), "has no W3, but a W4"),
+        (lambda file: file.pop("b2"), "has no b2, but a W4"),
+        (lambda file: (file.pop("W1"), file.create_dataset("W1", data=np.ones((20, 100)))),
+         "W1 takes 100 inputs, which are no square picture in RGB"),
+        (lambda file: (file.pop("W1"), file.create_dataset("W1", data=np.ones(192))),
+         "holds a W that is no matrix"),
+        (lambda file: (file.pop("W2"), file.create_dataset("W2", data=np.ones((7, 21)))),
+         "W2 is (7, 21)"),
+        (lambda file: (file.pop("W4"), file.pop("b4")), "the last layer must be one sigmoid neuron"),
+    ],
+    ids=["no W3", "no b2", "no picture", "flat", "another shape", "no end"],
+)  # fmt: skip
+def test_a_damaged_one_is_refused_with_a_sentence(
+    change, sentence, snn, weights_alone, pictures
+):
+    path, _ = weights_alone()
+    with h5py.File(path, "r+") as file:
+        change(file)
+    code, said, error = snn("predict", "--model", path, *pictures)
+    assert (code, said, error.count("\n")) == (2, "", 1) and sentence in error
+
+
+def test_a_whole_model_takes_no_other_parameters(snn, weights_alone, pictures, root):
+    path, whole = weights_alone()
+    model.write(whole, path)
+    given = ("--parameters", root / "parameters.json")
+    code, _, error = snn("predict", "--model", path, *given, *pictures)
+    assert code == 2 and "says itself what its parameters are; give no others" in error
+
+
+def test_it_is_served_and_the_first_line_says_what_was_assumed(spawn, weights_alone, pictures):
+    path, whole = weights_alone()
+    with spawn("serve", "--port", 0, "--model", path) as process:
+        url = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
+        found = said_of(
+            Service(url).ask("POST", "/predict", next(questions(seen(pictures)))[1]),
+            len(pictures),
+            model_id(whole),
+        )
+        process.terminate()
+        assert ASSUMED in process.communicate(timeout=30)[1]
+    assert found == (whole.probabilities(seen(pictures)) >= 0.5).tolist()
+
+
+@pytest.mark.timeout(300)
+def test_the_analysis_reads_what_the_original_left(weights_alone, small_data, tmp_path):
+    path, whole = weights_alone(size=8)
+    path.rename(tmp_path / "params.h5")
+    costs = {f"epoch{i}": {"cost": 0.7 - i / 100} for i in range(9)}
+    times = {"Start": "2018-06-07 16:18:11.128182", "End": "2018-06-08 14:15:01.000001"}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"Start": times["Start"], **costs, "End": times["End"]})
+    )
+    ran = run_notebook(
+        default_notebooks() / "Analysis.ipynb",
+        tmp_path / "ran.ipynb",
+        {"results": str(tmp_path), "data": str(small_data)},
+    )
+    said = ran.read_text()
+    evaluation = model.evaluate(whole, *data.read_test(small_data))
+    assert "results of 2018, a 20-7-5-1 network" in said and ASSUMED in said
+    assert "| final cost | 0.620000 |" in said and f"**{evaluation.accuracy:.1%}**" in said
