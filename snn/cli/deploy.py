@@ -99,12 +99,17 @@ def _line(fact: dict) -> str:
     return f"{fact['path']}: {fact['zipped'] / 1e6:.1f} MB ({fact['unzipped'] / 1e6:.1f} MB unzipped), SHA-256 {fact['sha256']}{imports}"
 
 # %% ../../nbs/cli/70_deploy.ipynb #f750b092
+def _can_ask() -> bool:
+    "Is there somebody at a terminal?"
+    return sys.stdin.isatty()
+
+
 def _ask(given: dict) -> dict:
     "Ask for what was not given; raises `InputError` if there is nobody to ask."
     from snn.deploy.inputs import QUESTIONS
 
     missing = [name for name, value in given.items() if value is None]
-    if missing and not sys.stdin.isatty():
+    if missing and not _can_ask():
         raise InputError(
             f"not given: {', '.join('--' + name.replace('_', '-') for name in missing)}"
         )
@@ -173,9 +178,13 @@ def deploy(
     reviewers: Annotated[
         str | None,
         Option(
-            help="Addresses, as 203.0.113.7/32, from which a new version may be looked at before it is approved."
+            help="Addresses, as 203.0.113.7/32, from which a new version may be looked at before it is approved; empty for nobody."
         ),
-    ] = "",
+    ] = None,
+    repository: Annotated[
+        str | None,
+        Option(help="Name of the GitHub user's clone; serverless-neural-network at first."),
+    ] = None,
 ) -> None:
     "Create or update the stack on AWS. What is not given stays as it was when the stack was last deployed."
     from snn.deploy import inputs as asked
@@ -198,6 +207,8 @@ def deploy(
     account = asked.Account(region, endpoint_url)
     asked.check(account, inputs)
     before = asked.kept(account, inputs.stack)
+    if not before and pipeline is not False and not endpoint_url:
+        reviewers = _ask_reviewers(reviewers)
     given = {
         "Architecture": architecture,
         "NeuronConcurrency": concurrency,
@@ -207,6 +218,7 @@ def deploy(
         "Certificate": certificate,
         "Domain": domain,
         "ReviewRange": reviewers,
+        "GitHubRepository": repository,
     }
     options = _options(before, given, bool(endpoint_url))
     asked.concurrency(account, int(options["NeuronConcurrency"]), asked.reserved(before))
@@ -222,11 +234,12 @@ def deploy(
     packages = {name: build(name, target) for name in HANDLERS}
     err.print(f"Deploying {inputs.stack} to {account.region} ...")
     word = stacks.deploy(account, inputs, packages, options, _tell, 0.5 if endpoint_url else 5)
+    _upload_parameters(account, inputs.bucket)
     if word == "unchanged":
         return out.print(
             f"Nothing has changed; stack - {inputs.stack} is as it should be", markup=False
         )
-    out.print(f"Successfully {word} stack - {inputs.stack}", markup=False)
+    out.print(f"Successfully created/updated stack - {inputs.stack}", markup=False)
     out.print(_next_steps(inputs, options["Pipeline"] == "yes"), markup=False)
 
 
@@ -266,6 +279,37 @@ def _prediction(certificate: str | None, domain: str | None, reviewers: str | No
         raise InputError(f"--reviewers is {reviewers}; it looks like 203.0.113.7/32")
 
 
+def _ask_reviewers(given: str | None) -> str | None:
+    "From where a new version may be looked at: as given, or as somebody answers."
+    from snn.deploy.inputs import own_address
+
+    if given is not None or not _can_ask():
+        return given
+    question = "Address from which a new version may be looked at, - for none"
+    answer = typer.prompt(question, default=own_address() or "-")
+    answer = "" if answer.strip() == "-" else answer.strip()
+    answer = f"{answer}/32" if answer and "/" not in answer else answer
+    _prediction(None, None, answer)
+    return answer
+
+
+def _upload_parameters(account, bucket: str) -> None:
+    "The project's parameters.json into the bucket, so that a data set is enough to start a run."
+    from snn.deploy import runs
+
+    found = runs.parameters_there(account, bucket)
+    ours = runs.project_parameters()
+    if found == ours:
+        return
+    where = f"s3://{bucket}/{runs.PARAMETERS}"
+    if found is not None:
+        question = f"{where} is not the project's parameters.json. Replace it?"
+        if not (_can_ask() and typer.confirm(question, default=False)):
+            return err.print(f"{where} stays as it is; it is not the project's.")
+    account.client("s3").put_object(Bucket=bucket, Key=runs.PARAMETERS, Body=ours)
+    err.print(f"The project's parameters.json is in {where}.")
+
+
 def _next_steps(inputs, pipeline: bool) -> str:
     "What to do after a deployment."
     snn = "snn" if shutil.which("snn") else ".venv/bin/snn"
@@ -277,7 +321,8 @@ def _next_steps(inputs, pipeline: bool) -> str:
     return f"""
 Next:
   1. Confirm the subscription: a mail has gone to {inputs.email}.
-  2. Start a run:  {snn} upload --stack {inputs.stack} --data datasets.h5 --parameters parameters.json
+  2. Start a run:  aws s3 cp datasets.h5 s3://{inputs.bucket}/training_input/
+                   or {snn} upload --stack {inputs.stack} --data datasets.h5 [--parameters parameters.json]
   3. Watch it:     {snn} watch --stack {inputs.stack}
   4. All away:     bin/destroy --stack {inputs.stack}{api}"""
 
@@ -381,7 +426,7 @@ def destroy(
     account = Account(region, endpoint_url)
     check_login(account)
     if not yes:
-        if not sys.stdin.isatty():
+        if not _can_ask():
             raise InputError("there is nobody to ask; give --yes")
         if not typer.confirm(
             f"Delete {stack} in {account.region} with all its data, models and logs?"

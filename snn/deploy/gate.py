@@ -341,6 +341,7 @@ def mail(
     stack: str,
     url: str,  # of the test listener
     decision: Decision,
+    reviewers: str = "",  # addresses that the test listener is open to; nobody if empty
 ) -> tuple[str, str]:  # subject and text
     "What a person is told."
     if not decision.accepted:
@@ -348,11 +349,18 @@ def mail(
             f"{stack}: a new version was refused",
             f"It is rolled back, and the old one goes on: {decision.reason}.",
         )
+    look = f"Look at it: {url}/ (open to {reviewers})"
+    if not reviewers:
+        look = (
+            f"To look at it, open {url}/ to your address, which takes a minute or two:\n"
+            f"  bin/deploy --stack {stack} --reviewers YOUR.IP.ADDRESS/32\n"
+            "(https://checkip.amazonaws.com says what your address is)"
+        )
     return (
         f"{stack}: a new version waits for you",
         f"""{decision.reason}.
 
-Look at it: {url}/
+{look}
 Switch it in: snn approve --stack {stack}
 Send it back: snn approve --stack {stack} --no
 
@@ -392,7 +400,8 @@ def lambda_handler(
             }
         )
     )
-    subject, text = mail(os.environ["SNN_STACK"], given["candidate"].url, decision)
+    reviewers = os.environ.get("SNN_REVIEWERS", "")
+    subject, text = mail(os.environ["SNN_STACK"], given["candidate"].url, decision, reviewers)
     if os.environ.get("SNN_TOPIC"):
         boto3.client("sns").publish(
             TopicArn=os.environ["SNN_TOPIC"], Subject=subject[:100], Message=text

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'RULES', 'TAG', 'FEW', 'ANEW', 'Account', 'Inputs', 'check_words', 'check_login', 'describe',
-           'parameters_of', 'check_stack', 'check_bucket', 'check_connection', 'quota', 'options_known', 'kept',
-           'reserved', 'concurrency', 'check']
+           'parameters_of', 'check_stack', 'check_bucket', 'check_connection', 'quota', 'own_address', 'options_known',
+           'kept', 'reserved', 'concurrency', 'check']
 
 # %% ../../nbs/deploy/03_inputs.ipynb #66a78428
 import re
 from functools import cache
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
@@ -54,7 +55,7 @@ QUESTIONS = {
     "bucket": "Name of the S3 bucket for data and models",
     "stack": "Name of the stack",
     "github_user": "GitHub user whose repository is used",
-    "connection": "ARN of the connection to GitHub",
+    "connection": "ARN of the connection to GitHub (in place of a token)",
     "email": "E-mail address that is told of runs",
 }
 
@@ -204,6 +205,18 @@ def quota(
     return account.client("lambda").get_account_settings()["AccountLimit"][
         "ConcurrentExecutions"
     ]
+
+
+def own_address(
+    seconds: float = 5.0,  # to wait at most
+) -> str:  # as 203.0.113.7; empty if nobody could say
+    "The address from which this machine is seen on the internet."
+    try:
+        with urlopen("https://checkip.amazonaws.com", timeout=seconds) as answer:
+            found = answer.read(100).decode().strip()
+    except (OSError, ValueError):
+        return ""
+    return found if re.fullmatch(r"\d+\.\d+\.\d+\.\d+", found) else ""
 
 
 FEW = 100  # executions at once, below which a run is much slower than snn estimate says

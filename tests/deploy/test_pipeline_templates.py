@@ -41,6 +41,7 @@ GIVEN = {
     "Topic": "arn:topic",
     "Cluster": "Cats",
     "GitHubUser": "somebody",
+    "GitHubRepository": "serverless-neural-network",
     "ConnectionArn": "arn:connection",
     "Branch": "main",
     "Repository": "cats",

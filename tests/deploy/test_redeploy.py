@@ -18,6 +18,7 @@ NOTHING = dict.fromkeys(
         "Certificate",
         "Domain",
         "ReviewRange",
+        "GitHubRepository",
     )
 )
 FIRST = {
@@ -28,7 +29,8 @@ FIRST = {
     "Pipeline": False,
     "Certificate": "arn:aws:acm:1",
     "Domain": "cats.example",
-    "ReviewRange": None,
+    "ReviewRange": "203.0.113.7/32",
+    "GitHubRepository": "my-network",
 }
 
 
