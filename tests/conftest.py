@@ -36,9 +36,9 @@ import hypothesis
 import msgspec
 
 from snn.cloud.bucket import Upload
+from snn.data import h5 as data
 from snn.handlers.upload import run_id
 from snn.local.cloud import LocalCloud
-from snn.maths import data
 from snn.maths.parameters import Parameters, from_dict
 
 # Chance is seeded, and a slow machine fails no property. `pytest --hypothesis-seed N` throws other dice.

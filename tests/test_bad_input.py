@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.maths import data, model, network
+from snn.data import h5 as data
+from snn.data import models
+from snn.maths import model, network
 from snn.maths.parameters import from_dict
 
 
@@ -79,7 +81,7 @@ def write_model(tmp_path):
     def write(size: int = 8, spoil=lambda file: None) -> Path:
         chosen, path = from_dict(good_values()), tmp_path / "params.h5"
         layers = [layer[:2] for layer in network.initialise(chosen, size * size * 3)]
-        model.write(model.Model(chosen, layers, size=size), path)
+        models.write(model.Model(chosen, layers, size=size), path)
         with h5py.File(path, "r+") as file:
             spoil(file)
         return path

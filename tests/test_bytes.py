@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from snn.data import h5 as data
 from snn.handlers.inputs import forget
-from snn.local.faults import SMALL, Schedule, run_in_lab, small_datasets
+from snn.lab.faults import SMALL, Schedule, run_in_lab, small_datasets
 from snn.local.server import parameter_server
-from snn.maths import data, network
+from snn.maths import network, sampling
 from snn.maths.parameters import from_dict
 
 WRITTEN = Path(__file__).with_suffix(".json")
@@ -44,7 +45,7 @@ def plain_numpy(parameters, content: bytes) -> str:
         path = Path(folder, "datasets.h5")
         path.write_bytes(content)
         found = data.read(path)
-    X = data.standardise(found.train_x, parameters.dtype)
+    X = sampling.standardise(found.train_x, parameters.dtype)
     *_, (_, layers) = network.train(parameters, X, found.train_y)
     return digest(layers)
 

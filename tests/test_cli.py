@@ -22,7 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from snn import __version__
-from snn.maths import data, model
+from snn.data import h5 as data
+from snn.data import models
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ def test_predict_says_for_each_picture_what_the_model_says(snn, out, pictures):
     assert (code, error) == (0, "") and [answer["image"] for answer in answers] == [
         str(path) for path in pictures
     ]
-    trained = model.read(out / "params.h5")
+    trained = models.read(out / "params.h5")
     expected = trained.probabilities(
         np.stack([np.full((8, 8, 3), value, np.uint8) for value in (255, 10)])
     )
@@ -262,7 +263,7 @@ def test_evaluate_counts_as_one_would_by_hand(snn, out, small_data):
     code, said, error = snn(
         "evaluate", "--model", out / "params.h5", "--data", small_data, "--json"
     )
-    found, trained = data.read(small_data), model.read(out / "params.h5")
+    found, trained = data.read(small_data), models.read(out / "params.h5")
     called = trained.probabilities(found.test_x) >= 0.5
     pairs = list(zip(found.test_y.tolist(), called.tolist()))
     tn, fp, fn, tp = (

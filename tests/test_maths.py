@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from snn.cloud.store import decode, encode
-from snn.maths import data, network
+from snn.maths import network, sampling
 from snn.maths.model import wilson_interval
 from snn.maths.neuron import ACTIVATIONS, backward, forward, sigmoid
 from snn.maths.parameters import from_dict, parse
@@ -114,7 +114,7 @@ def test_no_activation_overflows(kind, z):
 
 @given(some.integers(1, 500), some.integers(1, 600), seeds, some.integers(0, 10**6))
 def test_mini_batches_hold_every_image_once(m, batch_size, seed, epoch):
-    batches = data.mini_batches(m, batch_size, seed, epoch)
+    batches = sampling.mini_batches(m, batch_size, seed, epoch)
     assert sorted(np.concatenate(batches).tolist()) == list(range(m))
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (
         len(batches) - 1
@@ -123,7 +123,7 @@ def test_mini_batches_hold_every_image_once(m, batch_size, seed, epoch):
 
 @given(some.integers(0, 500), some.floats(0, 1, exclude_max=True), seeds)
 def test_a_split_holds_every_image_once_and_leaves_some_to_train_on(m, fraction, seed):
-    kept, held = data.split(m, fraction, seed)
+    kept, held = sampling.split(m, fraction, seed)
     assert (
         sorted([*kept, *held]) == list(range(m))
         and len(held) == int(m * fraction)
@@ -133,7 +133,7 @@ def test_a_split_holds_every_image_once_and_leaves_some_to_train_on(m, fraction,
 
 @given(seeds, some.integers(0, 1000))
 def test_shuffles_are_the_same_for_everybody_and_another_each_epoch(seed, epoch):
-    order = lambda epoch: np.concatenate(data.mini_batches(100, 30, seed, epoch))
+    order = lambda epoch: np.concatenate(sampling.mini_batches(100, 30, seed, epoch))
     assert (order(epoch) == order(epoch)).all() and (order(epoch) != order(epoch + 1)).any()
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from snn.data import h5 as data
+from snn.data import models
 from snn.deploy.gate import Service, questions, said_of
 from snn.local.pipeline import default_notebooks, run_notebook
-from snn.maths import data, model, network
+from snn.maths import model, network
 from snn.serve.model import model_id
 
 
@@ -116,7 +118,7 @@ def test_a_damaged_one_is_refused_with_a_sentence(
 
 def test_a_whole_model_takes_no_other_parameters(snn, weights_alone, pictures, root):
     path, whole = weights_alone()
-    model.write(whole, path)
+    models.write(whole, path)
     given = ("--parameters", root / "parameters.json")
     code, _, error = snn("predict", "--model", path, *given, *pictures)
     assert code == 2 and "says itself what its parameters are; give no others" in error

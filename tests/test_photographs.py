@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.maths.parameters import InputError
-from snn.maths.photographs import read_photograph
+from snn.data.photographs import read_photograph
+from snn.errors import InputError
 
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

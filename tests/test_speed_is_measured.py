@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snn.local import bench, profile
+from snn.data import h5 as data
+from snn.lab import bench, profile
 from snn.local.pipeline import default_notebooks, run_notebook
-from snn.maths import data, network
+from snn.maths import network, sampling
 
 GRANULARITIES = ("network", "layer", "neuron")
 FIELDS = {"name", "median", "fastest", "slowest", "ratio", "invocations"}
@@ -277,7 +278,7 @@ def test_float32_gives_what_float64_gives_as_far_as_it_can_hold_it(
         ),
         data.read(small_data),
     )
-    *_, (_, layers) = network.train(chosen, data.standardise(found.train_x), found.train_y)
+    *_, (_, layers) = network.train(chosen, sampling.standardise(found.train_x), found.train_y)
     run = start_run(
         cloud,
         f"half-{granularity}-{aggregation}",

@@ -22,6 +22,8 @@ from snn.cloud.bucket import Bucket, Upload
 from snn.cloud.messages import Message, invocations_per_epoch
 from snn.cloud.services import Services
 from snn.cloud.store import decode
+from snn.data import h5 as data
+from snn.errors import InputError
 from snn.handlers import launch, trainer
 from snn.handlers import neuron as neuron_lambda
 from snn.handlers.upload import start
@@ -34,21 +36,17 @@ from snn.local.pipeline import (
     run_pipeline,
     train_in_cloud,
 )
-from snn.local.replay import (
+from snn.local.server import local_aws, parameter_server
+from snn.local.training import train
+from snn.replay.compute import replay, replay_on
+from snn.replay.explain import as_dict, explain
+from snn.replay.record import (
     Record,
-    as_dict,
-    explain,
     find_record,
     images_in_bucket,
     read_record,
     record_in_bucket,
-    replay,
-    replay_on,
 )
-from snn.local.server import local_aws, parameter_server
-from snn.local.training import train
-from snn.maths import data
-from snn.maths.parameters import InputError
 
 STORIES = ["Introduction", "Codebook", "Analysis"]
 SCREENS = (

@@ -15,8 +15,11 @@ from PIL import Image, PngImagePlugin
 
 from snn.cli.console import shown
 from snn.cloud.messages import check_run, weight_bytes
-from snn.maths import data, model, network, photographs
-from snn.maths.parameters import InputError, from_dict
+from snn.data import h5 as data
+from snn.data import models, photographs
+from snn.errors import InputError
+from snn.maths import model, network
+from snn.maths.parameters import from_dict
 
 VALUES = {
     "epochs": 2,
@@ -471,7 +474,7 @@ def test_whole_numbers_may_be_written_with_a_point():
 def small_model(tmp_path_factory):
     "A model of 8x8 pixels."
     chosen, path = from_dict(VALUES), tmp_path_factory.mktemp("model") / "params.h5"
-    model.write(
+    models.write(
         model.Model(
             chosen,
             [layer[:2] for layer in network.initialise(chosen, 192)],
@@ -529,7 +532,8 @@ def test_no_name_is_changed_by_the_console(name):
 FUZZ = """
 import random, sys, warnings
 from pathlib import Path
-from snn.maths import data, model, parameters, photographs
+from snn.data import h5 as data, photographs
+from snn.maths import model, parameters
 warnings.simplefilter("ignore")
 read = {"data": data.read, "model": model.read, "picture": photographs.read_photograph, "parameters": parameters.read}[sys.argv[1]]
 whole, path, chance = Path(sys.argv[2]).read_bytes(), Path(sys.argv[3]), random.Random(sys.argv[1])
@@ -539,7 +543,7 @@ for number in range(int(sys.argv[4])):
     path.write_bytes(content[:chance.randrange(len(content))] if chance.random() < .2 else content)
     print(number, flush=True)
     try: read(path)
-    except parameters.InputError as error: assert str(error).startswith(str(path)), repr(str(error))
+    except InputError as error: assert str(error).startswith(str(path)), repr(str(error))
 """
 
 

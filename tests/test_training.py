@@ -16,8 +16,9 @@ from snn.cloud.messages import (
     trainer_messages,
 )
 from snn.cloud.store import decode
+from snn.data import h5 as data
 from snn.local.cloud import LocalCloud
-from snn.maths import data, network
+from snn.maths import network, sampling
 
 GRANULARITIES, AGGREGATIONS = ("neuron", "layer", "network"), ("best", "mean")
 
@@ -27,7 +28,7 @@ def numpy_reference(parameters, path) -> tuple[list[float], dict[str, np.ndarray
     found = data.read(path)
     costs, layers = zip(
         *network.train(
-            parameters, data.standardise(found.train_x, parameters.dtype), found.train_y
+            parameters, sampling.standardise(found.train_x, parameters.dtype), found.train_y
         )
     )
     pairs = [
@@ -193,8 +194,8 @@ def test_patience_ends_a_run_and_keeps_the_best_epoch(
         and status.epoch == status.best_epoch + 5
     )
     found = data.read(small_data)
-    kept, held = data.split(167, 0.3, 0)
-    X = data.standardise(found.train_x)
+    kept, held = sampling.split(167, 0.3, 0)
+    X = sampling.standardise(found.train_x)
     best = [layers for _, layers in network.train(chosen, X[kept], found.train_y[kept])][
         status.best_epoch
     ]

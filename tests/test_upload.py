@@ -13,8 +13,8 @@ from boto3.s3.transfer import TransferConfig
 
 from snn.cloud.bucket import Upload
 from snn.cloud.bus import DEAD, QUEUE, taken_by
+from snn.data import h5 as data
 from snn.handlers.upload import run_id
-from snn.maths import data
 
 
 def event(*uploads: Upload) -> dict:

@@ -13,7 +13,8 @@ from rich.table import Table
 from typer import Option
 
 from .console import err, out, print_json
-from ..maths.parameters import InputError, read
+from ..errors import InputError
+from ..maths.parameters import read
 
 # %% ../../nbs/cli/06_bench.ipynb #f8547572
 def _check_plot(path: Path | None) -> None:
@@ -62,7 +63,7 @@ def bench(
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Time an epoch at each granularity, in turns with plain NumPy and, where installed, scikit-learn and PyTorch."
-    from snn.local import bench as benchmark
+    from snn.lab import bench as benchmark
     from snn.local import training
 
     _check_plot(plot)

@@ -15,8 +15,8 @@ import typer
 from typer import Argument, Option
 
 from .console import err, out, print_json
-from ..maths.data import Datasets, content, doubles, faults, read, write, written_whole
-from ..maths.parameters import InputError
+from ..data.h5 import Datasets, content, doubles, faults, read, write, written_whole
+from ..errors import InputError
 
 # %% ../../nbs/cli/04_data.ipynb #c74ec05a
 app = typer.Typer(no_args_is_help=True, help="Draw, pack and look into data sets.")
@@ -77,7 +77,7 @@ def draw(
     seed: Annotated[int, Option(min=0, help="Other seeds, other drawings.")] = 0,
 ) -> None:
     "Draw cats and other things."
-    from snn.maths.drawing import draw_datasets
+    from snn.data.drawing import draw_datasets
 
     _check_folder(out_file)
     datasets = Datasets(*draw_datasets(size=size, seed=seed))
@@ -97,7 +97,7 @@ def pack(
     seed: Annotated[int, Option(min=0, help="Draws which pictures are tested on.")] = 0,
 ) -> None:
     "Make a data set from two folders of pictures."
-    from snn.maths import photographs
+    from snn.data import photographs
 
     _check_folder(out_file)
     told: list[str] = []

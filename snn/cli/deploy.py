@@ -17,7 +17,7 @@ import typer
 from typer import Option
 
 from .console import err, money, out, print_json
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/70_deploy.ipynb #e754e394
 Stack = Annotated[str, Option(help="Name of the stack.")]

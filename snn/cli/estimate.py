@@ -14,7 +14,7 @@ from typer import Option
 
 from .console import duration, money, out, print_json
 from .train import chosen_parameters
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/07_estimate.ipynb #1bfb74d6
 GRANULARITIES = ("neuron", "layer", "network")

@@ -17,7 +17,7 @@ import typer
 from .. import __version__
 from . import bench, data, deploy, estimate, model, runs, serve, stories, train
 from .console import Stopped, err, stop_cleanly
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/99_main.ipynb #3e6c922c
 app = typer.Typer(

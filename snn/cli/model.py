@@ -13,10 +13,11 @@ import numpy as np
 from typer import Argument, Option
 
 from .console import err, out, print_json
-from ..maths import data as datasets
-from ..maths import model as models
-from ..maths.parameters import InputError
-from ..maths.photographs import read_photograph
+from ..data import h5 as datasets
+from ..data import models
+from ..data.photographs import read_photograph
+from ..errors import InputError
+from ..maths import model as networks
 
 # %% ../../nbs/cli/03_model.ipynb #7583bceb
 Model = Annotated[Path, Option(help="A params.h5.")]
@@ -30,7 +31,7 @@ Json = Annotated[bool, Option("--json", help="JSON on standard output.")]
 def read_model(
     path: Path,
     parameters: Path | None,  # of the network, if its file does not say them
-) -> models.Model:
+) -> networks.Model:
     "A model from its file; says on standard error what was assumed of it."
     trained = models.read(path, parameters)
     if trained.assumed:
@@ -60,7 +61,7 @@ def predict(
         )
 
 # %% ../../nbs/cli/03_model.ipynb #5a76fa44
-def _table(evaluation: models.Evaluation, classes: tuple[str, str]) -> str:
+def _table(evaluation: networks.Evaluation, classes: tuple[str, str]) -> str:
     "An evaluation in words."
     (tn, fp), (fn, tp) = evaluation.confusion
     low, high = evaluation.interval
@@ -87,7 +88,7 @@ def evaluate(
         raise InputError(
             f"{model} takes images of {trained.size}x{trained.size} pixels, but {data} holds images of {size}x{size}"
         )
-    evaluation = models.evaluate(trained, images, labels)
+    evaluation = networks.evaluate(trained, images, labels)
     if json:
         return print_json(evaluation)
     out.print(_table(evaluation, trained.classes))

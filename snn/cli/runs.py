@@ -20,7 +20,7 @@ from .train import summary
 from ..cloud.meter import Reading, reading
 from ..cloud.prices import nearest
 from ..cloud.services import Services
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/05_runs.ipynb #5f5c984c
 Json = Annotated[bool, Option("--json", help="JSON on standard output.")]
@@ -191,7 +191,7 @@ def faults(
     json: Json = False,
 ) -> None:
     "Break a small training in every way there is, and see whether the weights are the same."
-    from snn.local import faults as lab
+    from snn.lab import faults as lab
     from snn.local.server import parameter_server
     from snn.maths.parameters import from_dict
 

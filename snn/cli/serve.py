@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/60_serve.ipynb #de212855
 def _port(host: str, port: int) -> socket.socket:

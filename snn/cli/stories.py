@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from .console import TrainingProgress, duration, err, out, print_json
 from .train import chosen_parameters
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cli/50_stories.ipynb #7adad669
 class Teller:
@@ -144,19 +144,17 @@ def replay(
     json: Annotated[bool, Option("--json", help="Event and numbers as JSON.")] = False,
 ) -> None:
     "Run one NeuronLambda invocation again, and show its formulas with the numbers filled in."
-    from snn.local.replay import (
-        as_dict,
-        check,
-        explain,
+    from snn.data.h5 import read
+    from snn.local.training import drawn_datasets
+    from snn.replay.compute import check, replay_on
+    from snn.replay.explain import as_dict, explain
+    from snn.replay.record import (
         find_record,
         images_in_bucket,
         open_bucket,
         record_in_bucket,
-        replay_on,
         training_part,
     )
-    from snn.local.training import drawn_datasets
-    from snn.maths.data import read
 
     place = open_bucket(bucket, region) if bucket else None
     record = record_in_bucket(place, run) if place else find_record(run, out_folder)

@@ -16,7 +16,8 @@ import redis
 from typer import Option
 
 from .console import TrainingProgress, duration, err, out, print_json
-from ..maths.parameters import InputError, Parameters, from_dict, read
+from ..errors import InputError
+from ..maths.parameters import Parameters, from_dict, read
 
 # %% ../../nbs/cli/02_train.ipynb #e91197c8
 def chosen_parameters(
@@ -108,8 +109,8 @@ def train(
 ) -> None:
     "Train the network on this machine: real handlers, real parameter server, real upload."
     from snn.cloud.messages import check_run, memory_here
+    from snn.data.h5 import read as read_datasets
     from snn.local import training
-    from snn.maths.data import read as read_datasets
 
     chosen = chosen_parameters(
         parameters, epochs=epochs, granularity=granularity, aggregation=aggregation, seed=seed

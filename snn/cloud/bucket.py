@@ -9,7 +9,7 @@ __all__ = ['Bucket', 'Upload', 'uploads', 'Topic']
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cloud/06_bucket.ipynb #344ae6d6
 class Bucket:

@@ -15,7 +15,8 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from ..maths.parameters import InputError, Parameters
+from ..errors import InputError
+from ..maths.parameters import Parameters
 
 # %% ../../nbs/cloud/01_messages.ipynb #cacf1cee
 Function = Literal["LaunchLambda", "TrainerLambda", "NeuronLambda"]

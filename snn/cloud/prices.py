@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from .. import cloud
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cloud/08_prices.ipynb #b7b51284
 class Number(Struct, frozen=True, forbid_unknown_fields=True):

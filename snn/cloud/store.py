@@ -27,7 +27,7 @@ from redis.connection import Encoder, HiredisRespSerializer, PythonRespSerialize
 
 from .counts import Meter
 from .messages import ALL, Message
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/cloud/02_store.ipynb #8062d6db
 @lru_cache(maxsize=256)

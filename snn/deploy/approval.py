@@ -11,7 +11,7 @@ from typing import NamedTuple
 from botocore.exceptions import ClientError
 
 from .inputs import Account
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/09_approval.ipynb #c8fe2a8c
 class Waiting(NamedTuple):

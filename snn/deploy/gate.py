@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..maths import data
-from ..maths.parameters import InputError
+from ..data import h5 as data
+from ..errors import InputError
 
 # %% ../../nbs/deploy/07_gate.ipynb #1119b4e2
 class NamedConnection(http.client.HTTPSConnection):

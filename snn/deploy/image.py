@@ -12,7 +12,7 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 
 from .gate import find_data
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/08_image.ipynb #d8a100a0
 def find_run(

@@ -17,7 +17,7 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
 from .wheels import clone_folder
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/03_inputs.ipynb #dedfd6bb
 class Account:

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import snn
+from ..data.h5 import cache_folder
 from .wheels import Target, build_folder, find_python, here, wheels
-from ..maths.data import cache_folder
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/02_package.ipynb #e0138aa9
 HANDLERS = {

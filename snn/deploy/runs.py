@@ -19,11 +19,12 @@ from botocore.exceptions import ClientError
 
 from ..cloud.bucket import Bucket, Upload
 from ..cloud.messages import LAMBDA, check_run
+from ..data import h5 as datasets
 from .inputs import Account, describe, parameters_of
 from .wheels import clone_folder
+from ..errors import InputError
 from ..handlers.upload import run_id
-from ..maths import data as datasets
-from ..maths.parameters import InputError, parse, read
+from ..maths.parameters import parse, read
 
 # %% ../../nbs/deploy/05_runs.ipynb #bc6ab009
 def bucket_of(

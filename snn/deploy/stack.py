@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError, WaiterError
 from .inputs import TAG, Account, Inputs, describe, parameters_of
 from .package import Package
 from .wheels import clone_folder
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/04_stack.ipynb #e779cda8
 def infra_folder() -> Path:

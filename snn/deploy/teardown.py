@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from .inputs import TAG, Account, describe, parameters_of
 from .stack import Event, all_events, failure, follow
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/deploy/06_teardown.ipynb #27760201
 class Resource(NamedTuple):

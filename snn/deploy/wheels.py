@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import snn
-from ..maths.data import cache_folder
-from ..maths.parameters import InputError
+from ..data.h5 import cache_folder
+from ..errors import InputError
 
 # %% ../../nbs/deploy/01_wheels.ipynb #ca04fdf7
 MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}  # Lambda's word, and that of the wheels

@@ -16,10 +16,10 @@ from msgspec import Struct
 from ..cloud.messages import LAMBDA, Plan, check_run
 from ..cloud.meter import Usage, bill, cost_units, files_and_mails, gb_seconds, staying
 from ..cloud.prices import Book, Number
+from ..data import h5 as datasets
 from .designs import with_residents
 from .simulation import Outcome, Place, enough_epochs, on_aws, simulate
 from .work import Work, epoch_work, run_work
-from ..maths import data as datasets
 from ..maths.parameters import Parameters
 
 # %% ../../nbs/estimate/04_estimate.ipynb #eb3bfac0

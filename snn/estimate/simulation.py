@@ -29,8 +29,8 @@ from snn.cloud.messages import (
 from ..cloud.prices import Book
 from ..cloud.residents import seat_counts
 from ..cloud.store import MASTER
+from ..errors import InputError
 from .work import bytes_of, images_in, inputs_of, step_of
-from ..maths.parameters import InputError
 
 # %% ../../nbs/estimate/02_simulation.ipynb #07b40af8
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")

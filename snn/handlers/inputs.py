@@ -24,8 +24,8 @@ from ..cloud.messages import ALL, Message, Plan, after_epoch, blocks, hop_budget
 from ..cloud.services import Services
 from ..cloud.store import Incomplete, decode, encode, key, size_of
 from ..cloud.telemetry import note
-from ..maths.data import mini_batches, standardise
 from ..maths.network import Layer, cost, initialise_layer, rows
+from ..maths.sampling import mini_batches, standardise
 
 # %% ../../nbs/handlers/01_inputs.ipynb #17e1ec4a
 _epochs: OrderedDict[tuple[str, int], dict] = OrderedDict()

@@ -26,6 +26,8 @@ from ..cloud.runs import Status
 from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
 from ..cloud.telemetry import note, told
+from ..data import h5 as data
+from ..data import models
 from . import checkpoint, watch
 from snn.handlers.inputs import (
     Diverged,
@@ -40,7 +42,7 @@ from snn.handlers.inputs import (
 )
 from .stay import resident
 from .upload import NAME, handle_upload, held_key
-from ..maths import data, model
+from ..maths import model, sampling
 from ..maths.network import activations, best_batch, cost, mean_of, reached, step
 
 # %% ../../nbs/handlers/06_launch.ipynb #72b96615
@@ -162,7 +164,9 @@ def validate(
     x, Y = training_data(services.bucket(plan.bucket), held_key(plan))
     layers = network_at(plan, status.epoch + 1, status.source, services)
     status.validation = cost(
-        activations(plan.parameters, layers, data.standardise(x, plan.parameters.dtype).T)[-1],
+        activations(plan.parameters, layers, sampling.standardise(x, plan.parameters.dtype).T)[
+            -1
+        ],
         Y,
     )
     if status.best_validation is None or status.validation < status.best_validation:
@@ -245,7 +249,7 @@ def model_file(
 ) -> bytes:
     "The content of params.h5."
     with tempfile.TemporaryDirectory() as folder:
-        model.write(trained, f"{folder}/params.h5")
+        models.write(trained, f"{folder}/params.h5")
         return Path(folder, "params.h5").read_bytes()
 
 

@@ -17,10 +17,12 @@ import msgspec
 from ..cloud.bucket import Upload
 from ..cloud.messages import Message, Plan, check_run, epoch_messages, memory_here
 from ..cloud.services import Services
+from ..data import h5 as data
+from ..errors import InputError
 from . import checkpoint
 from .inputs import begin, pack_images
-from ..maths import data
-from ..maths.parameters import InputError, Parameters, parse
+from ..maths import sampling
+from ..maths.parameters import Parameters, parse
 
 # %% ../../nbs/handlers/07_upload.ipynb #baa3d59f
 NAME = "%Y-%m-%d %H:%M:%S.%f"  # how times are written in results.json
@@ -53,7 +55,7 @@ def make_plan(
 ) -> Plan:
     "What the handlers of this run must know."
     run = run_id(upload, parameters)
-    kept, _ = data.split(
+    kept, _ = sampling.split(
         len(datasets.train_x), parameters.validation_fraction, parameters.seed
     )
     return Plan(
@@ -114,7 +116,7 @@ def start(
 # %% ../../nbs/handlers/07_upload.ipynb #8c7c515f
 def _leave_images(plan: Plan, datasets: data.Datasets, services: Services) -> None:
     "Leave the training images, and those held back for validation, for all handlers of the run."
-    kept, held = data.split(
+    kept, held = sampling.split(
         len(datasets.train_x), plan.parameters.validation_fraction, plan.parameters.seed
     )
     bucket = services.bucket(plan.bucket)

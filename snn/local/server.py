@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from ..cloud.services import NO_ACCOUNT, aws_client, surroundings
 from ..cloud.store import connect, shown
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/local/01_server.ipynb #cc0e83cd
 WATCHMAN = """

@@ -22,16 +22,19 @@ from ..cloud.bucket import Bucket
 from ..cloud.messages import Plan, check_run, memory_here
 from ..cloud.runs import Status
 from ..cloud.services import Services
+from ..data import h5 as data
+from ..data import models
+from ..errors import InputError
 from ..handlers import checkpoint
 from ..handlers.upload import run_id
 from .cloud import LocalCloud
-from ..maths import data, model
-from ..maths.parameters import InputError, Parameters
+from ..maths import model
+from ..maths.parameters import Parameters
 
 # %% ../../nbs/local/04_training.ipynb #c1bc348a
 def drawn_datasets() -> Path:  # of a datasets.h5
     "The drawn data set, drawn if it is not there yet."
-    from snn.maths import drawing
+    from snn.data import drawing
 
     edition = hashlib.sha256(Path(drawing.__file__).read_bytes()).hexdigest()[:8]
     path = data.cache_folder() / f"drawn-{edition}.h5"
@@ -210,7 +213,7 @@ def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: flo
     seconds, counts = time.monotonic() - began, cloud.services.ledger.counts(plan).values()
     record, trained, test = (
         json.loads(files["run.json"].read_text()),
-        model.read(files["params.h5"]),
+        models.read(files["params.h5"]),
         data.read(datasets),
     )
     costs = [

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .data import WEIGHTS, generator, mini_batches
 from .neuron import backward, forward, input_gradient
 from .parameters import Parameters
+from .sampling import WEIGHTS, generator, mini_batches
 
 # %% ../../nbs/maths/04_network.ipynb #bfa7434c
 Layer = tuple[

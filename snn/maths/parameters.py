@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'Rule', 'WIDEST', 'InputError', 'Optimizer', 'Parameters', 'from_dict', 'parse', 'read']
+           'Dtype', 'Rule', 'WIDEST', 'Optimizer', 'Parameters', 'from_dict', 'parse', 'read']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -15,9 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-# %% ../../nbs/maths/01_parameters.ipynb #9910a6b5
-class InputError(ValueError):
-    "Something the user gave is wrong; the text says what, where, and what would be right."
+from ..errors import InputError
 
 # %% ../../nbs/maths/01_parameters.ipynb #3aee81a7
 LARGEST = 1.7976931348623157e308  # the largest float64: anything above is infinite

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..data.photographs import square
 from ..maths.explain import fired, has_fired, saliency
-from ..maths.photographs import square
 from .model import Served
 from .pictures import data_url, decode
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from ..maths import data
-from ..maths.model import Evaluation, Model, evaluate, read
-from ..maths.parameters import InputError
+from ..data import h5 as data
+from ..data.models import read
+from ..errors import InputError
+from ..maths.model import Evaluation, Model, evaluate
 
 # %% ../../nbs/serve/05_model.ipynb #6ade3fe7
 def model_id(

@@ -13,7 +13,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from ..maths.photographs import NotAPicture, picture
+from ..data.photographs import NotAPicture, picture
 from .problems import Problem
 
 # %% ../../nbs/serve/04_pictures.ipynb #3c978bae

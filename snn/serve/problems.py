@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'MEDIA_TYPE', 'Kind', 'Problem', 'as_json', 'from_status', '
 from http import HTTPStatus
 from typing import NamedTuple
 
-from ..maths.parameters import InputError
+from ..errors import InputError
 
 # %% ../../nbs/serve/01_problems.ipynb #b5eebc58
 class Kind(NamedTuple):

@@ -13,22 +13,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-from ..maths.data import standardise
 from ..maths.explain import fired, has_fired, pixel_gradient, saliency
 from ..maths.model import Model
 from ..maths.network import Layer, activations
+from ..maths.sampling import standardise
 from .structure import neuron_places
-from snn.viz.style import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    SKY,
-    VERMILLION,
-    Sheet,
-    sheet,
-    show_image,
-)
+from .style import BLUE, GREY, INK, ORANGE, SKY, VERMILLION, Sheet, sheet, show_image
 
 # %% ../../nbs/viz/03_neurons.ipynb #9fbbc3bc
 def weights_as_images(

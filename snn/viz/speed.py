@@ -23,7 +23,7 @@ OTHERS = (GREY, "v")
 
 # %% ../../nbs/viz/06_speed.ipynb #27fc545e
 def ratios(
-    timings: Sequence,  # as from `local.bench.bench`: plain NumPy first
+    timings: Sequence,  # as from `lab.bench.bench`: plain NumPy first
     title: str = "An epoch, side by side: milliseconds, fastest to slowest, and times plain NumPy",
 ) -> Sheet:
     "A bar for each, with the spread of the repetitions."
@@ -65,7 +65,7 @@ KIND_COLOURS = {
 def where_time_goes(
     parts: dict[
         str, dict[str, float]
-    ],  # seconds per epoch, by name and kind, as from `local.profile.parts`
+    ],  # seconds per epoch, by name and kind, as from `lab.profile.parts`
     reference: float,  # seconds per epoch of plain NumPy
 ) -> Sheet:
     "A stacked bar for each granularity."
@@ -126,8 +126,8 @@ def workers_at_work(
 
 # %% ../../nbs/viz/06_speed.ipynb #de2043d3
 def growth(
-    points: Sequence,  # as from `local.bench.grow`
-    lines: dict,  # as from `local.bench.lines`
+    points: Sequence,  # as from `lab.bench.grow`
+    lines: dict,  # as from `lab.bench.lines`
     axis_name: str,  # what grows
     title: str,
 ) -> Sheet:
@@ -177,7 +177,7 @@ def growth(
 
 # %% ../../nbs/viz/06_speed.ipynb #d32a2e3f
 def lasting(
-    runs: dict[str, Sequence],  # by name, as from `local.bench.long_run`
+    runs: dict[str, Sequence],  # by name, as from `lab.bench.long_run`
     title: str = "A long run: time of an epoch, and memory of the parameter server",
 ) -> Sheet:
     "Time and memory of the stretches of a run."
@@ -213,7 +213,7 @@ def lasting(
 
 # %% ../../nbs/viz/06_speed.ipynb #115551b3
 def speed_up(
-    points: Sequence,  # as from `local.bench.more_workers`
+    points: Sequence,  # as from `lab.bench.more_workers`
     title: str = "More workers: how many times as fast as one",
 ) -> Sheet:
     "A bar for each granularity and number of workers; the line is what would be ideal."

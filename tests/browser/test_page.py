@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="the service is not installed: pip install
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from serving import LOCAL, Running, WebServer, photograph, saved, small_model
 
-from snn.maths.model import write
+from snn.data.models import write
 from snn.serve.fetch import Limits
 
 SCREENS = Path(__file__).parents[2] / "out" / "screens"

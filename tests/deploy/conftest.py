@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from snn.data import h5 as data
 from snn.deploy.inputs import Account, Inputs
 from snn.deploy.package import build
 from snn.deploy.wheels import here
-from snn.maths import data
 from snn.maths.parameters import from_dict
 
 CONNECTION = "arn:aws:codeconnections:eu-west-1:123456789012:connection/12345678-1234-1234-1234-123456789012"

@@ -8,8 +8,8 @@ from snn.cli import deploy as commands
 from snn.deploy import runs
 from snn.deploy.inputs import Account
 from snn.deploy.wheels import here
+from snn.errors import InputError
 from snn.local.server import local_aws
-from snn.maths.parameters import InputError
 
 FIVE = [
     "--bucket",

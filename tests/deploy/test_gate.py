@@ -16,6 +16,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from snn.data import h5 as data
+from snn.data import models
 from snn.deploy.gate import (
     Answer,
     Service,
@@ -29,9 +31,10 @@ from snn.deploy.gate import (
     trial,
 )
 from snn.deploy.image import collect
+from snn.errors import InputError
 from snn.local.server import local_aws
-from snn.maths import data, model, network
-from snn.maths.parameters import InputError, from_dict
+from snn.maths import model, network, sampling
+from snn.maths.parameters import from_dict
 from snn.serve.model import model_id
 
 EVENT = {
@@ -215,7 +218,7 @@ def trained(drawn_data, root):
     )
     models = {}
     for epoch, (_, layers) in enumerate(
-        network.train(parameters, data.standardise(datasets.train_x), datasets.train_y), 1
+        network.train(parameters, sampling.standardise(datasets.train_x), datasets.train_y), 1
     ):
         if epoch in (10, 300):
             models[epoch] = model.Model(
@@ -251,7 +254,7 @@ def leave(s3, tmp_path_factory):
 
     def put(trained_model, run, alone=False):
         path = tmp_path_factory.mktemp("run") / "params.h5"
-        model.write(trained_model, path)
+        models.write(trained_model, path)
         if alone:  # as the original wrote it
             with h5py.File(path, "r+") as file:
                 for key in list(file.attrs):

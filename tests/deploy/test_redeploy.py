@@ -6,7 +6,7 @@ from botocore.exceptions import ClientError
 from snn.cli.deploy import _options
 from snn.deploy.inputs import FEW, concurrency, kept, options_known, quota, reserved
 from snn.deploy.teardown import empty_bucket
-from snn.maths.parameters import InputError
+from snn.errors import InputError
 
 NOTHING = dict.fromkeys(
     (

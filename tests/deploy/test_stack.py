@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 from snn.cloud.bucket import Bucket
+from snn.data import models
 from snn.deploy import runs
 from snn.deploy.inputs import Account, check, check_stack, describe
 from snn.deploy.stack import deploy, failure, follow, infra_folder, put_once, upload_artifacts
@@ -33,10 +34,9 @@ from snn.deploy.teardown import (
     tables,
     tagged,
 )
+from snn.errors import InputError
 from snn.local.lambda_runtime import Function, Pool, Runtime
 from snn.local.server import local_aws, parameter_server
-from snn.maths import model
-from snn.maths.parameters import InputError
 
 OPTIONS = {"NeuronConcurrency": "20", "Notebook": "no"}
 
@@ -103,7 +103,7 @@ def model_of(account, folder: Path):
     path.write_bytes(
         Bucket(account.client("s3"), "cats-of-2026").get("prediction_input/params.h5")
     )
-    return model.read(path)
+    return models.read(path)
 
 
 def test_from_nothing_to_a_model_and_back_to_nothing(

@@ -11,8 +11,8 @@ from snn.deploy.approval import answer, waiting
 from snn.deploy.inputs import TAG, Account, describe
 from snn.deploy.stack import infra_folder
 from snn.deploy.teardown import destroy, own_stacks, resources
+from snn.errors import InputError
 from snn.local.server import local_aws
-from snn.maths.parameters import InputError
 
 REST = {
     "Parameters": {"BucketName": {"Type": "String"}},

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from snn.cloud.meter import reading
 from snn.cloud.prices import load
+from snn.data import h5 as data
 from snn.estimate.estimate import planned
 from snn.estimate.work import run_work
-from snn.maths import data
 
 GRANULARITIES = ("neuron", "layer", "network")
 

@@ -6,7 +6,7 @@ import socket
 import msgspec
 import pytest
 
-from snn.maths import data
+from snn.data import h5 as data
 
 
 @pytest.fixture

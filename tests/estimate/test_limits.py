@@ -9,12 +9,14 @@ import pytest
 
 from snn.cloud.meter import uploaded_at
 from snn.cloud.runs import Status
+from snn.data import h5 as data
+from snn.errors import InputError
 from snn.estimate.designs import default_plan
 from snn.handlers import launch
 from snn.handlers.launch import over_limit
 from snn.local.cloud import LocalCloud
-from snn.maths import data, network
-from snn.maths.parameters import InputError, from_dict
+from snn.maths import network, sampling
+from snn.maths.parameters import from_dict
 
 TOPIC = "arn:aws:sns:us-east-1:000000000000:limits"
 
@@ -77,7 +79,9 @@ def reference(small_data):
     def train(chosen, epochs: int) -> dict[str, np.ndarray]:
         found = data.read(small_data)
         chosen = msgspec.structs.replace(chosen, epochs=epochs)
-        *_, (_, layers) = network.train(chosen, data.standardise(found.train_x), found.train_y)
+        *_, (_, layers) = network.train(
+            chosen, sampling.standardise(found.train_x), found.train_y
+        )
         return {
             f"{name}{l}": array
             for l, layer in enumerate(layers, start=1)
@@ -151,10 +155,10 @@ def test_a_run_that_is_cut_short_keeps_the_best_model(
         status, found = cloud.services.runs.status(plan.run), data.read(small_data)
         if status.best_epoch < status.epoch:
             break
-    kept, _ = data.split(167, 0.3, 0)
+    kept, _ = sampling.split(167, 0.3, 0)
     reference = msgspec.structs.replace(chosen, epochs=status.best_epoch + 1)
     *_, (_, layers) = network.train(
-        reference, data.standardise(found.train_x)[kept], found.train_y[kept]
+        reference, sampling.standardise(found.train_x)[kept], found.train_y[kept]
     )
     left = weights_of(cloud, plan.run)
     assert status.cut and status.best_epoch < status.epoch

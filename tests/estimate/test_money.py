@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from snn.cloud.meter import FUNCTIONS, Usage, bill, cost_units
 from snn.cloud.prices import OURS, load
+from snn.errors import InputError
 from snn.estimate.designs import default_plan
 from snn.estimate.estimate import estimate
-from snn.maths.parameters import InputError
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from snn.cloud.prices import load
 from snn.cloud.residents import seats
 from snn.cloud.services import Services
 from snn.cloud.store import Outbox, Store
+from snn.data import h5 as data
 from snn.estimate.designs import default_plan
 from snn.estimate.simulation import World, on_aws
 from snn.handlers import inputs, launch, neuron, trainer
 from snn.handlers.upload import start
-from snn.local.faults import LabBucket, LabBus
+from snn.lab.faults import LabBucket, LabBus
 from snn.local.server import parameter_server
-from snn.maths import data
 
 HANDLERS = {"LaunchLambda": launch, "TrainerLambda": trainer, "NeuronLambda": neuron}
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from snn.handlers import checkpoint
-from snn.local.faults import (
+from snn.lab.faults import (
     KINDS,
     SMALL,
     Died,

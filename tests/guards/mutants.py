@@ -41,7 +41,6 @@ ROOMS = {
             "snn/handlers/neuron.py",
             "snn/handlers/trainer.py",
             "snn/handlers/launch.py",
-            "snn/handlers/upload.py",
         ),
         HANDLED,
     ),
@@ -65,7 +64,12 @@ ROOMS = {
         ("tests/deploy/test_teardown_service.py", "tests/deploy/test_stack.py"),
     ),
     "files": Room(
-        ("snn/maths/data.py", "snn/maths/model.py", "snn/maths/photographs.py"),
+        (
+            "snn/data/h5.py",
+            "snn/data/models.py",
+            "snn/data/photographs.py",
+            "snn/maths/model.py",
+        ),
         (
             GUARDS,
             "tests/test_bad_input.py",

@@ -13,12 +13,14 @@ from snn.cloud.bucket import Upload
 from snn.cloud.messages import Message, epoch_messages
 from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
+from snn.data import h5 as data
+from snn.data import models
 from snn.handlers import checkpoint, launch, watch
 from snn.handlers.inputs import end_early, forget
 from snn.handlers.upload import NAME, handle_upload, run_id
-from snn.local.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
+from snn.lab.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
-from snn.maths import data, model, network
+from snn.maths import model, network, sampling
 from snn.maths.parameters import from_dict
 
 GRANULARITIES = ("neuron", "layer", "network")
@@ -105,7 +107,7 @@ def test_a_tie_of_costs_goes_to_one_mini_batch(granularity, server, tmp_path):
     content = black_pictures(tmp_path)
     parameters = small(granularity=granularity, batch_size=4)
     result = run_in_lab(PEACE, server.url, parameters, content, limit=3000)
-    pictures = data.standardise(np.zeros((16, 4, 4, 3), np.uint8))
+    pictures = sampling.standardise(np.zeros((16, 4, 4, 3), np.uint8))
     costs, layers = zip(*network.train(parameters, pictures, np.arange(16) % 2))
     assert result.mended == 0
     for (W, b), (expected_W, expected_b, *_) in zip(result.layers, layers[-1], strict=True):
@@ -310,7 +312,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path):
     good = (np.zeros((4, 48)), np.zeros((4, 1)))
     broken = model.Model(small(), [good, ("no", "arrays")], size=4)
     with pytest.raises(AttributeError):
-        model.write(broken, path)
+        models.write(broken, path)
     assert path.read_bytes() == b"the old model"
     assert [file.name for file in tmp_path.iterdir()] == ["params.h5"]
 

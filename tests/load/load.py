@@ -18,7 +18,8 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image
 
-from snn.maths.model import Model, write
+from snn.data.models import write
+from snn.maths.model import Model
 from snn.maths.network import initialise
 from snn.maths.parameters import from_dict
 

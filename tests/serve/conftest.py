@@ -4,7 +4,7 @@ import pytest
 from serving import LOCAL, Running, WebServer, small_model
 from starlette.testclient import TestClient
 
-from snn.maths.model import write
+from snn.data.models import write
 from snn.serve.api import Settings, create
 from snn.serve.fetch import Limits
 from snn.serve.model import Live, Sources

@@ -6,7 +6,7 @@ import re
 import pytest
 from serving import photograph, saved, small_model
 
-from snn.maths.photographs import read_photograph
+from snn.data.photographs import read_photograph
 from snn.serve.model import model_id
 
 PERSON = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -157,7 +157,7 @@ def test_a_data_set_and_a_run_tell_how_good_the_model_is(model_path, tmp_path):
     import numpy as np
     from starlette.testclient import TestClient
 
-    from snn.maths import data
+    from snn.data import h5 as data
     from snn.serve.api import create
     from snn.serve.model import Live, Sources
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from serving import photograph, saved, small_model
 
+from snn.data import models
 from snn.deploy.wheels import Target, find_python, here, wheels
-from snn.maths import model
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def environment(tmp_path_factory, root) -> Path:
 def files(tmp_path_factory, small_data) -> Path:
     "The folder /model."
     folder = tmp_path_factory.mktemp("model")
-    model.write(small_model(size=8), folder / "params.h5")
+    models.write(small_model(size=8), folder / "params.h5")
     (folder / "datasets.h5").write_bytes(small_data.read_bytes())
     (folder / "run.json").write_text("{}")
     return folder

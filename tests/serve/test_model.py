@@ -12,8 +12,8 @@ import pytest
 from serving import photograph, saved, small_model
 
 from snn.cli.serve import serve
-from snn.maths.model import write
-from snn.maths.parameters import InputError
+from snn.data.models import write
+from snn.errors import InputError
 from snn.serve import api
 from snn.serve.model import Live, Sources, model_id
 

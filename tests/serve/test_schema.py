@@ -11,7 +11,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import small_model
 
-from snn.maths.model import write
+from snn.data.models import write
 from snn.serve.addresses import Network
 from snn.serve.api import Settings, create
 from snn.serve.model import Live, Sources
