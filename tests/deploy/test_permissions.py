@@ -8,19 +8,19 @@ import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from templates import all_templates, allowed, statements  # noqa: E402
+from templates import all_templates, allowed, statements
 
-from snn.cloud import services as adapters  # noqa: E402
-from snn.cloud.bucket import Upload  # noqa: E402
-from snn.cloud.ledger import create_tables  # noqa: E402
-from snn.cloud.messages import Message  # noqa: E402
-from snn.cloud.residents import Seat  # noqa: E402
-from snn.cloud.services import Services  # noqa: E402
-from snn.handlers import checkpoint, inputs, launch, neuron, trainer, watch  # noqa: E402
-from snn.handlers.upload import handle_upload, run_id  # noqa: E402
-from snn.local.server import local_aws, parameter_server  # noqa: E402
-from snn.maths import data  # noqa: E402
-from snn.maths.parameters import from_dict  # noqa: E402
+from snn.cloud import services as adapters
+from snn.cloud.bucket import Upload
+from snn.cloud.ledger import create_tables
+from snn.cloud.messages import Message
+from snn.cloud.residents import Seat
+from snn.cloud.services import Services
+from snn.data import h5 as data
+from snn.handlers import checkpoint, inputs, launch, neuron, trainer, watch
+from snn.handlers.upload import handle_upload, run_id
+from snn.local.server import local_aws, parameter_server
+from snn.maths.parameters import from_dict
 
 NAMES = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
 HANDLERS = dict(zip(NAMES, (launch.handle, trainer.handle, neuron.handle)))

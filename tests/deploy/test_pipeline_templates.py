@@ -14,9 +14,9 @@ from botocore.session import get_session
 from botocore.validate import validate_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from templates import all_templates, allowed, render, statements  # noqa: E402
+from templates import all_templates, allowed, render, statements
 
-from snn.deploy.package import HANDLERS  # noqa: E402
+from snn.deploy.package import HANDLERS
 
 TEMPLATES = all_templates()
 MAIN, PIPELINE, SERVICE, CLUSTER, BALANCER = (

@@ -11,18 +11,18 @@ import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from templates import all_templates, dashboard_metrics, render  # noqa: E402
+from templates import all_templates, dashboard_metrics, render
 
-from snn.cloud.bucket import Bucket, Upload  # noqa: E402
-from snn.cloud.ledger import create_tables  # noqa: E402
-from snn.cloud.messages import Message  # noqa: E402
-from snn.cloud.services import Services  # noqa: E402
-from snn.cloud.store import tag  # noqa: E402
-from snn.cloud.telemetry import NAMESPACE  # noqa: E402
-from snn.deploy.package import HANDLERS, unzip  # noqa: E402
-from snn.handlers.upload import run_id  # noqa: E402
-from snn.local.lambda_runtime import Function, Runtime, announced  # noqa: E402
-from snn.local.server import local_aws, parameter_server  # noqa: E402
+from snn.cloud.bucket import Bucket, Upload
+from snn.cloud.ledger import create_tables
+from snn.cloud.messages import Message
+from snn.cloud.services import Services
+from snn.cloud.store import tag
+from snn.cloud.telemetry import NAMESPACE
+from snn.deploy.package import HANDLERS, unzip
+from snn.handlers.upload import run_id
+from snn.local.lambda_runtime import Function, Runtime, announced
+from snn.local.server import local_aws, parameter_server
 
 TEMPLATES = all_templates()
 GIVEN = {"StackName": "Cats", "Topic": ""}

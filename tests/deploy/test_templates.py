@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from templates import PSEUDO, all_templates, allowed, paths, render, statements  # noqa: E402
+from templates import PSEUDO, all_templates, allowed, paths, render, statements
 
-from snn.deploy.stack import infra_folder  # noqa: E402
-from snn.local.lambda_runtime import announced  # noqa: E402
+from snn.deploy.stack import infra_folder
+from snn.local.lambda_runtime import announced
 
 TEMPLATES = all_templates()
 GIVEN = {
