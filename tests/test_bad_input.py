@@ -430,6 +430,46 @@ BAD_VALUES = {
         {"xyzzy": 3},
         ["unknown key xyzzy", "known are epochs, layers, neurons"],
     ),
+    "a flip in a word": (
+        {"augment": {"flip": "yes"}},
+        ['augment.flip holds "yes"', "true or false"],
+    ),
+    "half a pixel": (
+        {"augment": {"shift": 0.5}},
+        ["augment.shift holds 0.5", "a whole number, 0 or more"],
+    ),
+    "a shift to the other side": (
+        {"augment": {"shift": -1}},
+        ["augment.shift holds -1", "a whole number, 0 or more"],
+    ),
+    "augment in a word": (
+        {"augment": True},
+        ["augment holds true", "an object with flip and shift"],
+    ),
+    "augment by what there is not": (
+        {"augment": {"flop": True}},
+        ["unknown key augment.flop", "did you mean flip?"],
+    ),
+    "dropout in a number": (
+        {"dropout": 0.5},
+        ["dropout holds 0.5", "an object with inputs and hidden"],
+    ),
+    "all dropped": (
+        {"dropout": {"hidden": 1}},
+        ["dropout.hidden holds 1", "a number from 0 up to, but not including, 1"],
+    ),
+    "fewer than none dropped": (
+        {"dropout": {"inputs": -0.1}},
+        ["dropout.inputs holds -0.1", "a number from 0 up to, but not including, 1"],
+    ),
+    "another standardisation": (
+        {"standardise": "zscore"},
+        ['standardise holds "zscore"', "range or mean"],
+    ),
+    "checkpoints in the past": (
+        {"checkpoint_seconds": -30},
+        ["checkpoint_seconds holds -30", "a number, 0 or more"],
+    ),
     "misspelt key of the optimizer": (
         {"optimizer": {"nam": "adam"}},
         ["unknown key optimizer.nam", "did you mean name?"],
@@ -452,6 +492,14 @@ BAD_VALUES = {
 @pytest.mark.parametrize("changes, words", BAD_VALUES.values(), ids=BAD_VALUES)
 def test_a_wrong_value_is_refused(changes, words, refused_training, write_parameters):
     refused_training([str(path := write_parameters(**changes)), *words], chosen=path)
+
+
+def test_a_shift_that_moves_the_images_out_of_sight_is_refused(
+    refused_training, write_parameters
+):
+    path = write_parameters(augment={"shift": 8})
+    said = "augment.shift is 8, which moves images of 8x8 pixels out of sight; it may be at most 7"
+    refused_training([said], chosen=path)
 
 
 BAD_JSON = {

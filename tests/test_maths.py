@@ -63,14 +63,22 @@ def test_neurons_one_by_one_are_the_layer(kind, seed, n, n_prev, m):
             np.testing.assert_allclose(part, whole[row], rtol=1e-12, atol=1e-15)
 
 
-@given(some.lists(some.sampled_from(SMOOTH), max_size=3), seeds, some.data())
-def test_gradients_are_the_slopes_of_the_cost(hidden, seed, draw):
+@given(
+    some.lists(some.sampled_from(SMOOTH), max_size=3),
+    seeds,
+    some.sampled_from([0, 0.2, 0.5]),
+    some.data(),
+)
+def test_gradients_are_the_slopes_of_the_cost(hidden, seed, dropped, draw):
     sizes = [*(draw.draw(widths) for _ in hidden), 1]
-    parameters, rng = make_parameters(sizes, hidden, seed=seed), np.random.default_rng(seed)
+    parameters = make_parameters(sizes, hidden, seed=seed, dropout={"hidden": dropped})
+    rng = np.random.default_rng(seed)
     layers = [(W, rng.standard_normal(b.shape)) for W, b in network.initialise(parameters, 5)]
     X, Y = rng.standard_normal((5, 7)), rng.integers(0, 2, (1, 7))
-    price = lambda: network.cost(network.activations(parameters, layers, X)[-1], Y)
-    _, slopes = network.gradients(parameters, layers, X, Y)
+    masks = network.hidden_masks(parameters, 7, epoch=3, batch=1)
+    assert sorted(masks) == (list(range(1, len(sizes))) if dropped else [])
+    price = lambda: network.cost(network.activations(parameters, layers, X, masks)[-1], Y)
+    _, slopes = network.gradients(parameters, layers, X, Y, masks)
     for layer, pair in zip(layers, slopes):
         for values, slope in zip(layer, pair):
             place = tuple(rng.integers(values.shape))

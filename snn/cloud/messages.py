@@ -9,7 +9,7 @@ __all__ = ['Function', 'Direction', 'ALL', 'MOST_BATCHES', 'LARGEST_VALUE', 'LAM
 
 # %% ../../nbs/cloud/01_messages.ipynb #ee53588b
 import os
-from math import ceil
+from math import ceil, isqrt
 from typing import Literal
 
 import msgspec
@@ -75,6 +75,11 @@ class Plan(Struct, frozen=True):
     def batches(self) -> int:
         "Mini-batches in an epoch."
         return ceil(self.images / self.parameters.batch_size)
+
+    @property
+    def checkpoints(self) -> bool:
+        "Are any asked for?"
+        return bool(self.parameters.checkpoint_every or self.parameters.checkpoint_seconds)
 
 # %% ../../nbs/cloud/01_messages.ipynb #51115d70
 def blocks(
@@ -263,7 +268,12 @@ def check_run(
     inputs: int,  # values per image
     memory: int,  # bytes that there are for one copy of the network
 ) -> None:
-    "Raise an `InputError` for a run that can't come to its end."
+    "Raise an `InputError` for a run that can't come to its end, or that its images are too small for."
+    size, shift = isqrt(inputs // 3), parameters.augment.shift
+    if shift and shift >= size:
+        raise InputError(
+            f"augment.shift is {shift}, which moves images of {size}x{size} pixels out of sight; it may be at most {size - 1}"
+        )
     fraction, held = (
         parameters.validation_fraction,
         int(images * parameters.validation_fraction),

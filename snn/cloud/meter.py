@@ -99,13 +99,16 @@ def bill(
 def files_and_mails(
     plan: Plan,
     epochs: int,
+    hours: float,  # that these have taken
     ended: bool = True,  # are the results among the files?
 ) -> tuple[int, int]:  # files put into S3, and mails
-    "What follows from the parameters alone."
+    "What follows from the parameters."
     p = plan.parameters
     saved, told = (
         epochs // every if every else 0 for every in (p.checkpoint_every, p.notify_every)
     )
+    if p.checkpoint_seconds:
+        saved += int(hours * 3600 / p.checkpoint_seconds)
     return 2 + bool(p.validation_fraction) + saved + 5 * ended, 1 + told + ended
 
 
@@ -164,7 +167,7 @@ def measured(
         {name: count.starts for name, count in counts.items()},
     )
     total = lambda field: sum(getattr(count, field) for count in counts.values())
-    puts, mails = files_and_mails(plan, epochs, ended)
+    puts, mails = files_and_mails(plan, epochs, hours, ended)
     noted = 0 if plan.parameters.residents else total("attempts") + total("finished")
     return staying(
         plan,

@@ -10,7 +10,6 @@ import re
 from math import isqrt
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from .h5 import check_classes, opened, text_of, written_whole
@@ -30,19 +29,27 @@ def write(
     with written_whole(path) as partial, h5py.File(partial, "w") as file:
         for l, (W, b, *_) in enumerate(model.layers, start=1):
             file[f"W{l}"], file[f"b{l}"] = W.astype(np.float64), b.astype(np.float64)
-        file.attrs["parameters"] = msgspec.json.encode(model.parameters).decode()
+        if model.mean is not None:
+            file["mean"] = model.mean
+        file.attrs["parameters"] = parameter_files.encode(model.parameters).decode()
         file.attrs["classes"] = list(model.classes)
         file.attrs["image_size"] = model.size
 
 # %% ../../nbs/data/04_models.ipynb #58bfbc30
 def _check_numbers(model: Model) -> Model:
     "Raise an `InputError` unless all weights are finite numbers, the image has pixels, and there are two classes."
-    for l, arrays in enumerate(model.layers, start=1):
-        for name, array in zip("Wb", arrays):
-            if array.dtype.kind != "f":
-                raise InputError(f"{name}{l} is {array.dtype}; it must be float64")
-            if not np.isfinite(array).all():
-                raise InputError(f"{name}{l} holds a value that is infinite or not a number")
+    named = {
+        f"{name}{l}": array
+        for l, arrays in enumerate(model.layers, start=1)
+        for name, array in zip("Wb", arrays)
+    }
+    if model.mean is not None:
+        named["mean"] = model.mean
+    for name, array in named.items():
+        if array.dtype.kind != "f":
+            raise InputError(f"{name} is {array.dtype}; it must be float64")
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds a value that is infinite or not a number")
     if model.size < 1:
         raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
     check_classes("classes", model.classes)
@@ -58,6 +65,10 @@ def _check_shapes(model: Model) -> Model:
                 f"W{l} is {W.shape} and b{l} {b.shape}; images of {model.size} pixels and the "
                 f"model's parameters ask for {(widths[l], widths[l - 1])} and {(widths[l], 1)}"
             )
+    if model.mean is not None and model.mean.shape != (widths[0],):
+        raise InputError(
+            f"mean is {model.mean.shape}; images of {model.size} pixels ask for {(widths[0],)}"
+        )
     return model
 
 # %% ../../nbs/data/04_models.ipynb #a1667ef5
@@ -123,5 +134,8 @@ def read(
         found = parse(file.attrs["parameters"], "its parameters")
         layers = _layers(file, found.layers, f"its parameters name {found.layers} layers")
         classes = tuple(map(text_of, np.ravel(file.attrs["classes"])))
-        model = Model(found, layers, classes, int(file.attrs["image_size"]))
+        if found.standardise == "mean" and "mean" not in file:
+            raise InputError("has no mean, but its parameters say standardise mean")
+        mean = file["mean"][()] if found.standardise == "mean" else None
+        model = Model(found, layers, classes, int(file.attrs["image_size"]), mean=mean)
         return _check_numbers(_check_shapes(model))

@@ -70,7 +70,8 @@ def usage_of(
     "What a run pays for."
     simulated = len(outcome.epochs)
     seconds = {name: taken * epochs / simulated for name, taken in outcome.seconds.items()}
-    (puts, mails), starts = files_and_mails(plan, epochs), sum(outcome.starts.values())
+    hours, starts = run_seconds(outcome, epochs) / 3600, sum(outcome.starts.values())
+    puts, mails = files_and_mails(plan, epochs, hours)
     return Usage(
         work.invocations,
         seconds,
@@ -81,7 +82,7 @@ def usage_of(
         puts,
         starts + 2,
         mails,
-        run_seconds(outcome, epochs) / 3600,
+        hours,
     )
 
 

@@ -37,6 +37,7 @@ from snn.handlers.inputs import (
     give_up,
     network_at,
     network_blocks,
+    subtracted,
     training_data,
     weights,
 )
@@ -163,12 +164,8 @@ def validate(
     "Cost of the images held back, and which epoch had the best."
     x, Y = training_data(services.bucket(plan.bucket), held_key(plan))
     layers = network_at(plan, status.epoch + 1, status.source, services)
-    status.validation = cost(
-        activations(plan.parameters, layers, sampling.standardise(x, plan.parameters.dtype).T)[
-            -1
-        ],
-        Y,
-    )
+    X = sampling.standardise(x, plan.parameters.dtype, subtracted(plan, services)).T
+    status.validation = cost(activations(plan.parameters, layers, X)[-1], Y)
     if status.best_validation is None or status.validation < status.best_validation:
         status.best_validation, status.best_epoch = status.validation, status.epoch
         message = Message("LaunchLambda", "next", plan.run, epoch=0, batch=BEST)
@@ -240,7 +237,11 @@ def trained_model(
         for array in arrays:
             finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
     return model.Model(
-        plan.parameters, [(W, b) for W, b, *_ in layers], plan.classes, plan.size
+        plan.parameters,
+        [(W, b) for W, b, *_ in layers],
+        plan.classes,
+        plan.size,
+        mean=subtracted(plan, services),
     )
 
 # %% ../../nbs/handlers/06_launch.ipynb #de547993

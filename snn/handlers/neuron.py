@@ -27,6 +27,7 @@ from snn.handlers.inputs import (
     labels,
     layer_weights,
     leads,
+    mask,
     meet,
     network_blocks,
     pack,
@@ -34,7 +35,8 @@ from snn.handlers.inputs import (
     weights,
 )
 from .stay import resident
-from ..maths.network import activations, slopes, step
+from ..maths.augment import masked
+from ..maths.network import activations, hidden_masks, slopes, step
 from ..maths.neuron import backward, forward
 
 # %% ../../nbs/handlers/02_neuron.ipynb #2d1ce6a8
@@ -51,12 +53,11 @@ def previous(
     services: Services,
     arrays: dict[str, np.ndarray],
 ) -> np.ndarray:  # (n_prev, m)
-    "Activations of the layer before: the images, for layer 1."
-    return (
-        images(plan, message, services)
-        if message.layer == 1
-        else arrays[f"A{message.layer - 1}"]
-    )
+    "Activations of the layer before, without those that are dropped: the images, for layer 1."
+    if message.layer == 1:
+        return images(plan, message, services)
+    before = message.layer - 1
+    return masked(arrays[f"A{before}"], mask(plan, message, before))
 
 
 def run_forward(
@@ -102,8 +103,9 @@ def run_backward(
     "dz, dw and db of the block, and what follows from them."
     block = slice(message.first, message.first + message.count)
     (old,) = weights(plan, message, services, [block_of(message)])
+    dA = masked(arrays[f"dA{message.layer}"], mask(plan, message, message.layer))
     dZ, dW, db = backward(
-        arrays[f"dA{message.layer}"][block],
+        dA[block],
         arrays[f"A{message.layer}"][block],
         previous(plan, message, services, arrays),
         plan.parameters.activation(message.layer),
@@ -126,17 +128,16 @@ def run_network(
     layers = [
         layer_weights(plan, message, services, l) for l in range(1, plan.parameters.layers + 1)
     ]
-    A, Y = (
-        activations(plan.parameters, layers, images(plan, message, services)),
-        labels(plan, message, services),
-    )
+    A0, Y = images(plan, message, services), labels(plan, message, services)
+    masks = hidden_masks(plan.parameters, Y.size, message.epoch, message.batch)
+    A = activations(plan.parameters, layers, A0, masks)
     price = finite_cost(plan, message, A, Y)
     computed = {"cost": np.array(price)}
     if not leads(plan, message, services, price):
         return computed
     steps = {}
     for l, (old, (dW, db)) in enumerate(
-        zip(layers, slopes(plan.parameters, layers, A, Y)), start=1
+        zip(layers, slopes(plan.parameters, layers, A, Y, masks)), start=1
     ):
         steps |= after_step(plan, message, l, 0, old, dW, db)
     return computed | steps if leads(plan, message, services, price) else computed

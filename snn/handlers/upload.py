@@ -12,8 +12,6 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-import msgspec
-
 from ..cloud.bucket import Upload
 from ..cloud.messages import Message, Plan, check_run, epoch_messages, memory_here
 from ..cloud.services import Services
@@ -22,7 +20,7 @@ from ..errors import InputError
 from . import checkpoint
 from .inputs import begin, pack_images
 from ..maths import sampling
-from ..maths.parameters import Parameters, parse
+from ..maths.parameters import Parameters, encode, parse
 
 # %% ../../nbs/handlers/07_upload.ipynb #baa3d59f
 NAME = "%Y-%m-%d %H:%M:%S.%f"  # how times are written in results.json
@@ -33,7 +31,7 @@ def run_id(
     parameters: Parameters,
 ) -> str:
     "A run's name: a fingerprint of where its data is, what is in it, and what is to be done."
-    text = "\n".join([*upload, msgspec.json.encode(parameters).decode()])
+    text = "\n".join([*upload, encode(parameters).decode()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../../nbs/handlers/07_upload.ipynb #43c5b3a1

@@ -91,11 +91,9 @@ def watch(
 def _is_missing(mirror: Path, name: str, seconds: float) -> bool:
     "Must we look what is to be copied? At once until there is the plan, without which no run can be taken up; after that each second, in a run with checkpoints."
     plan = mirror / f"training_checkpoints/{name}/plan.json"
-    return (
-        not plan.exists()
-        or seconds > 1
-        and bool(msgspec.json.decode(plan.read_bytes(), type=Plan).parameters.checkpoint_every)
-    )
+    if not plan.exists():
+        return True
+    return seconds > 1 and msgspec.json.decode(plan.read_bytes(), type=Plan).checkpoints
 
 
 def _look(services: Services, name: str) -> tuple[Status, int]:
@@ -239,7 +237,7 @@ def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: flo
 
 def _keep_checkpoints(out: Path, plan: Plan) -> None:
     "Checkpoints that were asked for stay with the results; the rest of the copy goes."
-    if plan.parameters.checkpoint_every:
+    if plan.checkpoints:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         (out / UNFINISHED / "training_checkpoints" / plan.name).rename(out / "checkpoints")
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)

@@ -11,7 +11,6 @@ import numpy as np
 from .model import Model
 from .network import activations
 from .neuron import ACTIVATIONS, input_gradient
-from .sampling import standardise
 
 # %% ../../nbs/maths/06_explain.ipynb #495863d9
 def fired(
@@ -19,7 +18,7 @@ def fired(
     image: np.ndarray,  # (size, size, 3) uint8
 ) -> list[np.ndarray]:  # per layer, (n,)
     "What every neuron gives for one picture, first layer first."
-    A = activations(model.parameters, model.layers, standardise(image[None]).T)
+    A = activations(model.parameters, model.layers, model.inputs(image[None]))
     return [layer[:, 0] for layer in A[1:]]
 
 # %% ../../nbs/maths/06_explain.ipynb #8c8dfb5a
@@ -36,7 +35,7 @@ def pixel_gradient(
     image: np.ndarray,  # (size, size, 3) uint8
 ) -> np.ndarray:  # (size, size, 3)
     "Derivative of the answer by each pixel's red, green and blue, which go from 0 (dark) to 1."
-    A = activations(model.parameters, model.layers, standardise(image[None]).T)
+    A = activations(model.parameters, model.layers, model.inputs(image[None]))
     dA = np.ones_like(A[-1])
     for l in range(len(model.layers), 0, -1):
         slope = ACTIVATIONS[model.parameters.activation(l)][1]

@@ -26,6 +26,16 @@ class Model(NamedTuple):
     classes: tuple[str, str] = ("non-cat", "cat")
     size: int = 64  # edge of an image in pixels
     assumed: str = ""  # what its file does not say, in a sentence; empty if it says all
+    mean: np.ndarray | None = (
+        None  # of the training images, (n_inputs,), if `standardise` says so
+    )
+
+    def inputs(
+        self,
+        images: np.ndarray,  # (m, size, size, 3) uint8
+    ) -> np.ndarray:  # (n_inputs, m)
+        "Images as the network was trained on them, a column each: $A_0$."
+        return standardise(images, mean=self.mean).T
 
     def probabilities(
         self,
@@ -36,7 +46,7 @@ class Model(NamedTuple):
             raise InputError(
                 f"the model takes images of {self.size}x{self.size}x3, but these are {'x'.join(map(str, images.shape[1:]))}"
             )
-        return activations(self.parameters, self.layers, standardise(images).T)[-1][0]
+        return activations(self.parameters, self.layers, self.inputs(images))[-1][0]
 
 # %% ../../nbs/maths/05_model.ipynb #8a296b4e
 def wilson_interval(

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Layer', 'MOMENTS', 'RULES', 'rows', 'initialise_layer', 'initialise', 'cost', 'cost_gradient', 'activations',
-           'slopes', 'gradients', 'step', 'best_batch', 'mean_of', 'train_epoch', 'train', 'reached']
+           'slopes', 'gradients', 'step', 'best_batch', 'mean_of', 'MiniBatch', 'hidden_masks', 'epoch_batches',
+           'train_epoch', 'train', 'reached']
 
 # %% ../../nbs/maths/04_network.ipynb #9a558d4e
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from .augment import batch_inputs, dropout_mask, masked, prepare
 from .neuron import backward, forward, input_gradient
 from .parameters import Parameters
 from .sampling import WEIGHTS, generator, mini_batches
@@ -86,11 +89,13 @@ def activations(
     parameters: Parameters,
     layers: list[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
-) -> list[np.ndarray]:  # A0 = X, A1, ..., each (n, m)
+    masks: dict[int, np.ndarray] = {},  # by layer, from `hidden_masks`; none but in training
+) -> list[np.ndarray]:  # A0 = X, A1, ..., each (n, m), without the masks
     "What every layer gives for these images."
     A = [X]
     for l, (W, b, *_) in enumerate(layers, start=1):
-        A.append(forward(W, b, A[-1], parameters.activation(l)))
+        A_prev = masked(A[-1], masks.get(l - 1))
+        A.append(forward(W, b, A_prev, parameters.activation(l)))
     return A
 
 # %% ../../nbs/maths/04_network.ipynb #7aa23329
@@ -99,14 +104,16 @@ def slopes(
     layers: list[Layer],
     A: list[np.ndarray],  # from `activations`
     Y: np.ndarray,  # labels, (1, m)
+    masks: dict[int, np.ndarray] = {},  # that `activations` was given
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # (dW, db) per layer
     "Derivatives of the cost by all weights and biases."
     dA, result = cost_gradient(A[-1], Y), []
     for l in range(len(layers), 0, -1):
-        dZ, dW, db = backward(dA, A[l], A[l - 1], parameters.activation(l))
+        mask = masks.get(l - 1)
+        dZ, dW, db = backward(dA, A[l], masked(A[l - 1], mask), parameters.activation(l))
         result.insert(0, (dW, db))
         if l > 1:
-            dA = input_gradient(layers[l - 1][0], dZ)
+            dA = masked(input_gradient(layers[l - 1][0], dZ), mask)
     return result
 
 
@@ -115,10 +122,11 @@ def gradients(
     layers: list[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
     Y: np.ndarray,  # labels, (1, m)
+    masks: dict[int, np.ndarray] = {},  # from `hidden_masks`
 ) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:  # cost, and (dW, db) per layer
     "Cost of a mini-batch, and its derivatives."
-    A = activations(parameters, layers, X)
-    return cost(A[-1], Y), slopes(parameters, layers, A, Y)
+    A = activations(parameters, layers, X, masks)
+    return cost(A[-1], Y), slopes(parameters, layers, A, Y, masks)
 
 # %% ../../nbs/maths/04_network.ipynb #8709ed0e
 def _sgd(p, g, rate, optimizer, t):
@@ -176,17 +184,57 @@ def mean_of(
     return total
 
 # %% ../../nbs/maths/04_network.ipynb #2229a3f3
+class MiniBatch(NamedTuple):
+    "What a network learns from at once."
+
+    X: np.ndarray  # images, a column each, as the first layer is given them, (n_inputs, m)
+    Y: np.ndarray  # labels, (1, m)
+    masks: dict[int, np.ndarray]  # from `hidden_masks`
+
+
+def hidden_masks(
+    parameters: Parameters,
+    m: int,  # images in the mini-batch
+    epoch: int,
+    batch: int,  # number of the mini-batch
+) -> dict[int, np.ndarray]:  # by layer, (n, m); empty where nothing is dropped
+    "What drops activations of the layers between the first input and the answer."
+    draw = lambda l, n: dropout_mask(parameters, l, n, m, epoch, batch)
+    drawn = {l: draw(l, n) for l, n in enumerate(parameters.sizes, start=1)}
+    return {l: mask for l, mask in drawn.items() if mask is not None}
+
+
+def epoch_batches(
+    parameters: Parameters,
+    X: np.ndarray,  # images as rows, (m, n_inputs); uint8, or standardised already
+    Y: np.ndarray,  # labels, (m,)
+    epoch: int,
+    mean: np.ndarray | None,  # from `prepare`
+) -> Iterator[MiniBatch]:
+    "The mini-batches of an epoch, as the network learns from them."
+    batches = mini_batches(len(X), parameters.batch_size, parameters.seed, epoch)
+    for number, chosen in enumerate(batches):
+        A0 = batch_inputs(parameters, X[chosen], mean, epoch, number)
+        masks = hidden_masks(parameters, len(chosen), epoch, number)
+        yield MiniBatch(A0, Y[None, chosen], masks)
+
+
 def train_epoch(
     parameters: Parameters,
     layers: list[Layer],
-    X: np.ndarray,  # images as rows, (m, n_inputs)
+    X: np.ndarray,  # images as rows, (m, n_inputs); uint8, or standardised already
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
+    mean: np.ndarray | None = None,  # from `prepare`, with these images
 ) -> tuple[float, list[Layer]]:  # the epoch's cost, and the weights after it
     "One pass over the data, and one step."
-    batches = mini_batches(len(X), parameters.batch_size, parameters.seed, epoch)
-    results = [gradients(parameters, layers, X[batch].T, Y[None, batch]) for batch in batches]
-    costs, slopes, sizes = *zip(*results), [len(batch) for batch in batches]
+    if mean is None:
+        X, mean = prepare(parameters, X)
+    results, sizes = [], []
+    for batch in epoch_batches(parameters, X, Y, epoch, mean):
+        results.append(gradients(parameters, layers, *batch))
+        sizes.append(batch.Y.size)
+    costs, slopes = zip(*results)
     if parameters.aggregation == "best":
         best = best_batch(costs)
         total, chosen = costs[best], slopes[best]
@@ -202,13 +250,14 @@ def train_epoch(
 # %% ../../nbs/maths/04_network.ipynb #12573df3
 def train(
     parameters: Parameters,
-    X: np.ndarray,  # images as rows, (m, n_inputs)
+    X: np.ndarray,  # images (m, size, size, 3) or as rows (m, n_inputs); uint8, or standardised already
     Y: np.ndarray,  # labels, (m,)
 ) -> Iterator[tuple[float, list[Layer]]]:  # per epoch: its cost, and the weights after it
     "Train until the threshold or the last epoch: the reference for all other ways to train."
+    X, mean = prepare(parameters, X)
     layers = initialise(parameters, X.shape[1])
     for epoch in range(parameters.epochs):
-        total, layers = train_epoch(parameters, layers, X, Y, epoch)
+        total, layers = train_epoch(parameters, layers, X, Y, epoch, mean)
         yield total, layers
         if reached(parameters, total):
             return

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'Rule', 'WIDEST', 'Optimizer', 'Parameters', 'from_dict', 'parse', 'read']
+           'Dtype', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment', 'Dropout', 'Parameters',
+           'from_dict', 'parse', 'read', 'encode']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -37,6 +38,8 @@ Granularity = Annotated[
 Aggregation = Annotated[Literal["best", "mean"], Meta(description="best or mean")]
 Dtype = Annotated[Literal["float64", "float32"], Meta(description="float64 or float32")]
 Rule = Annotated[Literal["sgd", "momentum", "adam"], Meta(description="sgd, momentum or adam")]
+Standardise = Annotated[Literal["range", "mean"], Meta(description="range or mean")]
+Switch = Annotated[bool, Meta(description="true or false")]
 
 # %% ../../nbs/maths/01_parameters.ipynb #b4ce9be4
 class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +51,20 @@ class Optimizer(Struct, frozen=True, forbid_unknown_fields=True):
     beta2: Fraction = 0.999  # used by adam, second moment
     epsilon: Positive = 1e-8  # used by adam, keeps the quotient finite
     l2: NotNegative = 0.0  # weight decay: l2 * W is added to dW
+
+
+class Augment(Struct, frozen=True, forbid_unknown_fields=True):
+    "How the images of a mini-batch are changed at random, so that no image is seen twice."
+
+    flip: Switch = False  # mirror each image with probability 1/2
+    shift: Count = 0  # pixels that an image moves at most, up or down and left or right
+
+
+class Dropout(Struct, frozen=True, forbid_unknown_fields=True):
+    "Which part of the values is set to zero at random while the network learns (Srivastava et al., 2014)."
+
+    inputs: Fraction = 0.0  # of the images' values
+    hidden: Fraction = 0.0  # of the activations of every layer but the last
 
 # %% ../../nbs/maths/01_parameters.ipynb #f43f7201
 class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,6 +90,10 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     max_cost: NotNegative = 0.0  # USD that the run may cost at AWS's prices; 0 is off
     deadline: NotNegative = 0.0  # seconds from the upload that the run may take; 0 is off
     residents: Count = 0  # NeuronLambdas that stay and take messages from a queue; 0: each message invokes one
+    augment: Augment = Augment()
+    dropout: Dropout = Dropout()
+    standardise: Standardise = "range"  # what becomes of the colours 0 to 255
+    checkpoint_seconds: NotNegative = 0.0  # seconds between two checkpoints; 0 is off
 
     @property
     def sizes(self) -> list[int]:
@@ -115,6 +136,8 @@ def _convert_struct(path: str, value: dict, kind: type) -> Struct:
 # %% ../../nbs/maths/01_parameters.ipynb #6a84db86
 def _may_hold(kind: Any) -> str:
     "What a key of this type may hold, in words."
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        return f"an object with {' and '.join(get_type_hints(kind))}"
     if get_origin(kind) is dict:
         return f"an object with layer1, layer2, ..., each {_may_hold(get_args(kind)[1])}"
     metas = [m for m in getattr(kind, "__metadata__", ()) if isinstance(m, Meta)]
@@ -239,3 +262,18 @@ def read(
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return parse(path.read_bytes(), str(path))
+
+# %% ../../nbs/maths/01_parameters.ipynb #5c0de7f1
+LATER = ("augment", "dropout", "standardise", "checkpoint_seconds")
+
+
+def encode(
+    parameters: Parameters,
+) -> bytes:  # JSON
+    "The parameters as text: defaults filled in, but for the keys that came later."
+    says = lambda name: name not in LATER or getattr(parameters, name) != _DEFAULTS[name]
+    values = msgspec.to_builtins(parameters)
+    return msgspec.json.encode({name: values[name] for name in values if says(name)})
+
+
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(Parameters)}

@@ -22,12 +22,15 @@ from ..cloud.store import MASTER
 from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.checkpoint import unpack
+from ..maths.augment import masked, prepare
 from snn.maths.network import (
     Layer,
+    MiniBatch,
     activations,
     best_batch,
     cost,
     cost_gradient,
+    epoch_batches,
     initialise,
     rows,
     step,
@@ -125,7 +128,7 @@ def weights_after(
 
 def weights_before(
     record: Record,
-    X: np.ndarray,  # images as rows, (m, n_inputs)
+    X: np.ndarray,  # images as rows, (m, n_inputs), uint8
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
 ) -> tuple[
@@ -133,6 +136,7 @@ def weights_before(
 ]:  # the network at the beginning of the epoch, and the message's `source`
     "Train up to an epoch, from the newest checkpoint before it or from the beginning."
     parameters, start = record.plan.parameters, 0
+    X, mean = prepare(parameters, X)
     layers = initialise(parameters, X.shape[1])
     if earlier := [made for made in record.checkpoints if made + 1 < epoch]:
         start = max(earlier) + 1
@@ -140,22 +144,25 @@ def weights_before(
     source = ""
     for number in range(start, epoch):
         if number == epoch - 1:
-            source = f"{number}/{_leader(record.plan, layers, X, Y, number)}"
-        _, layers = train_epoch(parameters, layers, X, Y, number)
+            source = f"{number}/{_leader(record.plan, layers, X, Y, number, mean)}"
+        _, layers = train_epoch(parameters, layers, X, Y, number, mean)
     return layers, source
 
 
-def _leader(plan: Plan, layers: list[Layer], X: np.ndarray, Y: np.ndarray, epoch: int) -> int:
+def _leader(
+    plan: Plan,
+    layers: list[Layer],
+    X: np.ndarray,
+    Y: np.ndarray,
+    epoch: int,
+    mean: np.ndarray | None,
+) -> int:
     "The mini-batch whose weights go on after an epoch."
     if plan.parameters.aggregation == "mean":
         return MASTER
-    batches = mini_batches(len(X), plan.parameters.batch_size, plan.parameters.seed, epoch)
-    return best_batch(
-        [
-            cost(activations(plan.parameters, layers, X[batch].T)[-1], Y[None, batch])
-            for batch in batches
-        ]
-    )
+    batches = epoch_batches(plan.parameters, X, Y, epoch, mean)
+    ends = lambda batch: activations(plan.parameters, layers, batch.X, batch.masks)[-1]
+    return best_batch([cost(ends(batch), batch.Y) for batch in batches])
 
 # %% ../../nbs/replay/02_compute.ipynb #49841082
 class Replay(NamedTuple):
@@ -183,13 +190,13 @@ class Replay(NamedTuple):
 
 # %% ../../nbs/replay/02_compute.ipynb #df0c0bf7
 def _told(
-    parameters, layers: list[Layer], A: list[np.ndarray], Y: np.ndarray, layer: int
+    parameters, layers: list[Layer], A: list[np.ndarray], batch: MiniBatch, layer: int
 ) -> np.ndarray:
     "dA of a layer: what the layers above tell it, (n, m)."
-    dA = cost_gradient(A[-1], Y)
+    dA = cost_gradient(A[-1], batch.Y)
     for l in range(parameters.layers, layer, -1):
         dZ, *_ = backward(dA, A[l], A[l - 1], parameters.activation(l))
-        dA = input_gradient(layers[l - 1][0], dZ)
+        dA = masked(input_gradient(layers[l - 1][0], dZ), batch.masks.get(l - 1))
     return dA
 
 
@@ -211,7 +218,7 @@ def replay(
 
 def replay_on(
     record: Record,
-    X: np.ndarray,  # the run's training images as rows, (m, n_inputs)
+    X: np.ndarray,  # the run's training images as rows, (m, n_inputs), uint8
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
     batch: int,
@@ -241,12 +248,15 @@ def _compute(
     plan, parameters = record.plan, record.plan.parameters
     layers, source = weights_before(record, X, Y, epoch)
     chosen = mini_batches(len(X), parameters.batch_size, parameters.seed, epoch)[batch]
-    A, row = activations(parameters, layers, X[chosen].T), slice(neuron, neuron + 1)
+    X, mean = prepare(parameters, X)
+    seen = list(epoch_batches(parameters, X, Y, epoch, mean))[batch]
+    A, row = activations(parameters, layers, seen.X, seen.masks), slice(neuron, neuron + 1)
     own = rows(layers[layer - 1], neuron, 1)
-    da = _told(parameters, layers, A, Y[None, chosen], layer)[row]
-    dz, dw, db = backward(da, A[layer][row], A[layer - 1], parameters.activation(layer))
+    A_prev = masked(A[layer - 1], seen.masks.get(layer - 1))
+    da = _told(parameters, layers, A, seen, layer)[row]
+    dz, dw, db = backward(da, A[layer][row], A_prev, parameters.activation(layer))
     w_after, b_after, *_ = step(parameters, own, dw, db, epoch)
-    z = own[0] @ A[layer - 1] + own[1]
+    z = own[0] @ A_prev + own[1]
     return Replay(
         plan,
         message_of(plan, epoch, batch, layer, neuron, direction, source),
@@ -255,10 +265,10 @@ def _compute(
         direction,
         chosen,
         Y[chosen],
-        cost(A[-1], Y[None, chosen]),
+        cost(A[-1], seen.Y),
         own[0][0],
         float(own[1][0, 0]),
-        A[layer - 1],
+        A_prev,
         z[0],
         A[layer][neuron],
         da[0],

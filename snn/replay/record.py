@@ -21,7 +21,7 @@ from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.inputs import training_data
 from ..maths.network import train
-from ..maths.sampling import split, standardise
+from ..maths.sampling import split
 
 # %% ../../nbs/replay/01_record.ipynb #6361b2be
 class Kept(NamedTuple):
@@ -168,16 +168,16 @@ def _others(bucket: Bucket) -> str:
 def images_in_bucket(
     record: Record,
     bucket: Bucket,
-) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs); labels (m,)
+) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs), uint8; labels (m,)
     "What a run was trained on, as LaunchLambda has left it."
     x, Y = training_data(bucket, record.plan.data)
-    return standardise(x, record.plan.parameters.dtype), Y[0]
+    return x, Y[0]
 
 # %% ../../nbs/replay/01_record.ipynb #a7e5c753
 def training_part(
     record: Record,
     datasets: Datasets,
-) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs); labels (m,)
+) -> tuple[np.ndarray, np.ndarray]:  # images as rows (m, n_inputs), uint8; labels (m,)
     "What the run was trained on; raises `InputError` if the data can't be that."
     plan = record.plan
     kept, _ = split(
@@ -188,7 +188,7 @@ def training_part(
         raise InputError(
             f"run {plan.run} was trained on {plan.images} images of {plan.size}x{plan.size} pixels, but the data has {found[0]} of {datasets.size}x{datasets.size}"
         )
-    X, Y = standardise(datasets.train_x[kept], plan.parameters.dtype), datasets.train_y[kept]
+    X, Y = datasets.train_x[kept].reshape(len(kept), -1), datasets.train_y[kept]
     price, _ = next(train(plan.parameters, X, Y))
     if record.costs and not np.isclose(price, record.costs[0], rtol=1e-4):
         raise InputError(

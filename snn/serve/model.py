@@ -27,11 +27,12 @@ from ..maths.model import Evaluation, Model, evaluate
 def model_id(
     model: Model,
 ) -> str:  # 12 hexadecimal digits
-    "A name that follows from all that an answer depends on: weights, activation functions, classes and size."
+    "A name that follows from all that an answer depends on: weights, mean, activation functions, classes and size."
     names = [model.parameters.activation(l) for l in range(1, model.parameters.layers + 1)]
     digest = hashlib.sha256(msgspec.json.encode([names, model.classes, model.size]))
-    for W, b, *_ in model.layers:
-        for array in (W, b):
+    mean = [] if model.mean is None else [model.mean]
+    for arrays in [*model.layers, mean]:
+        for array in arrays[:2]:
             digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
     return digest.hexdigest()[:12]
 

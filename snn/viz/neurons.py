@@ -16,7 +16,6 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from ..maths.explain import fired, has_fired, pixel_gradient, saliency
 from ..maths.model import Model
 from ..maths.network import Layer, activations
-from ..maths.sampling import standardise
 from .structure import neuron_places
 from .style import BLUE, GREY, INK, ORANGE, SKY, VERMILLION, Sheet, sheet, show_image
 
@@ -63,7 +62,7 @@ def favourites(
     most: int = 7,  # neurons that are shown
 ) -> Sheet:
     "The pictures that fire each neuron of a layer most."
-    A = activations(model.parameters, model.layers, standardise(images).T)[layer][:most]
+    A = activations(model.parameters, model.layers, model.inputs(images))[layer][:most]
     figure = sheet(
         8, 0.3 + 0.75 * len(A), f"Layer {layer}: what fires each neuron most, and how much"
     )
@@ -234,7 +233,7 @@ def activity(
     images: np.ndarray,  # (m, size, size, 3) uint8
 ) -> list[np.ndarray]:  # per layer, (n,), 0 to 1
     "For what share of the images each neuron fires."
-    A = activations(model.parameters, model.layers, standardise(images).T)[1:]
+    A = activations(model.parameters, model.layers, model.inputs(images))[1:]
     return [
         has_fired(model.parameters.activation(l), values).mean(axis=1)
         for l, values in enumerate(A, start=1)

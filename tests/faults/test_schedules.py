@@ -30,14 +30,25 @@ def server():
         yield started
 
 
+CHANCE = {  # all that is drawn anew for each mini-batch, and checkpoints as often as can be
+    "augment": {"flip": True, "shift": 2},
+    "dropout": {"inputs": 0.3, "hidden": 0.2},
+    "standardise": "mean",
+    "checkpoint_every": 0,
+    "checkpoint_seconds": 1e-6,
+}
+
+
 @lru_cache(maxsize=32)
-def in_peace(url: str, granularity: str, aggregation: str):
+def in_peace(url: str, granularity: str, aggregation: str, chance: bool = False):
     "The run that nothing happened to."
-    return run_in_lab(Schedule(0, ()), url, small(granularity, aggregation), small_datasets())
+    chosen = small(granularity, aggregation, chance)
+    return run_in_lab(Schedule(0, ()), url, chosen, small_datasets())
 
 
-def small(granularity: str, aggregation: str):
-    return from_dict({**SMALL, "granularity": granularity, "aggregation": aggregation})
+def small(granularity: str, aggregation: str, chance: bool = False):
+    changes = {"granularity": granularity, "aggregation": aggregation}
+    return from_dict({**SMALL, **changes, **(CHANCE if chance else {})})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,9 +61,21 @@ def test_each_kind_of_fault_is_really_injected_and_survived(server, kind):
     assert same(result.layers, peace.layers)
 
 
-def check(url: str, granularity: str, aggregation: str, schedule: Schedule) -> None:
-    result = run_in_lab(schedule, url, small(granularity, aggregation), small_datasets())
-    assert same(result.layers, in_peace(url, granularity, aggregation).layers), schedule
+def check(
+    url: str, granularity: str, aggregation: str, schedule: Schedule, chance: bool = False
+) -> None:
+    chosen = small(granularity, aggregation, chance)
+    result = run_in_lab(schedule, url, chosen, small_datasets())
+    assert same(result.layers, in_peace(url, granularity, aggregation, chance).layers), (
+        schedule
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["best", "mean"])
+@pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
+def test_what_is_drawn_at_random_is_the_same_after_any_fault(server, granularity, aggregation):
+    for seed in range(2):
+        check(server.url, granularity, aggregation, Schedule(seed, KINDS, 0.1), chance=True)
 
 
 @pytest.mark.timeout(3600)
@@ -74,9 +97,10 @@ def test_any_schedule_of_faults_ends_with_the_same_bytes(server, all_faults):
             st.lists(st.sampled_from(KINDS), min_size=1, unique=True).map(tuple),
             st.floats(0.01, 0.15),
         ),
+        st.booleans(),
     )
-    def survives(granularity, aggregation, schedule):
-        check(server.url, granularity, aggregation, schedule)
+    def survives(granularity, aggregation, schedule, chance):
+        check(server.url, granularity, aggregation, schedule, chance)
 
     survives()
 
