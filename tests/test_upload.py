@@ -286,10 +286,23 @@ def test_bad_parameters_start_nothing_and_are_refused_with_their_sentence(
     assert cloud.services.runs.names() == names
 
 
-def test_data_without_parameters_is_refused(cloud, small_data, until):
-    cloud.bucket.put("training_input/alone/datasets.h5", small_data.read_bytes())
-    expected = "s3://snn/training_input/alone/parameters.json: no such file"
-    until(lambda: expected in cloud.services.runs.refused().values(), "the upload is refused")
+def test_data_without_parameters_waits_for_them(
+    cloud, parameters, small_datasets, tmp_path, until, finished
+):
+    data.write(small_datasets(seed=171), tmp_path / "datasets.h5")
+    key = "training_input/alone/datasets.h5"
+    etag = cloud.bucket.client.put_object(
+        Bucket=cloud.bucket_name, Key=key, Body=(tmp_path / "datasets.h5").read_bytes()
+    )["ETag"].strip('"')
+    expected = (
+        "s3://snn/training_input/alone/parameters.json: no such file; "
+        f"s3://snn/{key} waits for it and is trained as soon as it is there"
+    )
+    until(lambda: expected in cloud.services.runs.refused().values(), "the data set waits")
+    chosen = parameters((3, 1), granularity="network")
+    cloud.bucket.put("training_input/alone/parameters.json", msgspec.json.encode(chosen))
+    finished(cloud, run_id(Upload(cloud.bucket_name, key, etag), chosen))
+    assert expected not in cloud.services.runs.refused().values()
 
 
 def test_a_file_that_is_no_data_set_is_left_alone(

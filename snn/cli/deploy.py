@@ -377,7 +377,7 @@ def watch(
     last = []
 
     def tell(news) -> None:
-        for line in news.errors:
+        for line in (*news.answers, *news.errors):
             err.print(line, markup=False)
         cost = f", cost {news.cost:.6f}" if news.cost is not None else ""
         spent = f", {money(news.spent)} spent" if news.spent is not None else ""

@@ -213,8 +213,14 @@ def news(
     runs,  # of the services
     told: dict[str, str],  # what was said last, by run; is brought up to date
 ) -> list[str]:
-    "A line for each run that has changed its state or came another tenth of its way, and for each refused upload."
-    lines = {name: f"Refused: {reason}" for name, reason in runs.refused().items()}
+    "A line for each run that has changed its state or came another tenth of its way, and the answer to each upload."
+    refused = runs.refused()
+    lines = {name: f"Refused: {reason}" for name, reason in refused.items()}
+    lines |= {
+        address: words
+        for address, words in runs.answers().items()
+        if words not in refused.values()
+    }
     for run in runs.names():
         status, epochs = runs.status(run), runs.plan(run).parameters.epochs
         done, tenth = status.epoch + 1, max(1, epochs // 10)

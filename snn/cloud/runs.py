@@ -12,6 +12,7 @@ from functools import lru_cache
 import msgspec
 from msgspec import Struct
 
+from .bucket import Upload
 from .messages import ALL, Plan
 from .store import Incomplete, Outbox, key, tag
 
@@ -97,19 +98,60 @@ class Runs:
 
     def refuse(self, name: str, reason: str) -> None:
         "Record that an upload started no run, and why."
-        self.client.hset("snn:refused", name, reason)
-        self.client.expire("snn:refused", self.ttl)
+        self._keep("snn:refused", name, reason)
 
     def accept(self, name: str) -> None:
         "An upload has started a run: what was said of it before holds no more."
         self.client.hdel("snn:refused", name)
 
+    def answer(self, upload: Upload, words: str) -> None:
+        "Record what became of an upload."
+        self._keep("snn:answered", upload.address, words)
+
+    def answers(self) -> dict[str, str]:
+        "What became of each upload, by its address."
+        return self._kept("snn:answered")
+
+    def wait(self, upload: Upload) -> None:
+        "A data set waits for its parameters.json."
+        self._keep("snn:waiting", upload.address, msgspec.json.encode(upload))
+
+    def wait_no_more(self, upload: Upload) -> None:
+        "A data set has its parameters, or will never need them."
+        self.client.hdel("snn:waiting", upload.address)
+
+    def waiting(self) -> list[Upload]:
+        "The data sets that wait for their parameters.json."
+        return [
+            msgspec.json.decode(value, type=Upload)
+            for value in self._kept("snn:waiting").values()
+        ]
+
+    def is_first(self, what: str, seconds: float) -> bool:
+        "Has nobody asked this for so many seconds?"
+        return bool(self.client.set(f"snn:first:{what}", 1, nx=True, px=round(seconds * 1000)))
+
+    def miss(self, what: str, reason: str) -> None:
+        "Record what could not be delivered: a mail, or a line of the ledger."
+        self._keep("snn:missed", what, reason)
+
+    def missed(self, name: str) -> list[str]:
+        "What could not be delivered of a run, and why."
+        return [
+            f"{what}: {why}" for what, why in self._kept("snn:missed").items() if name in what
+        ]
+
+    def _keep(self, where: str, name: str, value: str | bytes) -> None:
+        self.client.hset(where, name, value)
+        self.client.expire(where, self.ttl)
+
+    def _kept(self, where: str) -> dict[str, str]:
+        found = self.client.hgetall(where)
+        return {name.decode(): value.decode() for name, value in found.items()}
+
     def refused(self) -> dict[str, str]:
         "Uploads that started no run, by their ETag, and why."
-        return {
-            name.decode(): reason.decode()
-            for name, reason in self.client.hgetall("snn:refused").items()
-        }
+        return self._kept("snn:refused")
 
     def count(self, run: str, what: str, number: int = 1) -> None:
         "Add to what is counted for a run, as `mended` messages."

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'DATA', 'WHERE', 'bucket_of', 'project_parameters', 'parameters_there', 'upload', 'newest_run', 'News',
-           'newest_cost', 'newest_spent', 'readable', 'errors_since', 'finished', 'stopped', 'watch']
+           'newest_cost', 'newest_spent', 'readable', 'errors_since', 'new_answers', 'not_begun', 'finished', 'stopped',
+           'watch']
 
 # %% ../../nbs/deploy/05_runs.ipynb #8422c836
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from ..data import h5 as datasets
 from .inputs import Account, describe, parameters_of
 from .wheels import clone_folder
 from ..errors import InputError
-from ..handlers.upload import run_id
+from ..handlers.upload import ANSWERS, Answer, run_id
 from ..maths.parameters import parse, read
 
 # %% ../../nbs/deploy/05_runs.ipynb #bc6ab009
@@ -104,6 +106,7 @@ class News(NamedTuple):
     errors: list[str]  # new lines of the logs
     finished: bool
     spent: float | None = None  # USD at AWS's prices, when it was last counted
+    answers: tuple[str, ...] = ()  # to uploads, since the last look
 
 
 def newest_cost(
@@ -190,6 +193,53 @@ def errors_since(
     return lines
 
 # %% ../../nbs/deploy/05_runs.ipynb #5002a6a2
+def new_answers(
+    account: Account,
+    bucket: str,
+    known: set[tuple],  # what was seen before; is brought up to date
+) -> list[Answer]:
+    "What LaunchLambda has said of uploads; at first, of those that are as new as the data set that lies there."
+    s3 = account.client("s3")
+    found = [
+        item
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=ANSWERS)
+        for item in page.get("Contents", [])
+    ]
+    mark = lambda item: (item["Key"], item["LastModified"], item["ETag"])
+    if not known:
+        since = _uploaded(s3, bucket)
+        known |= {("", since, "")} | {mark(i) for i in found if i["LastModified"] < since}
+    new = sorted((i for i in found if mark(i) not in known), key=lambda i: i["LastModified"])
+    known |= {mark(item) for item in new}
+    read = lambda key: msgspec.json.decode(Bucket(s3, bucket).get(key), type=Answer)
+    return [read(item["Key"]) for item in new]
+
+
+def _uploaded(s3, bucket: str) -> datetime:
+    "When the data set that lies there came; now, if there is none."
+    try:
+        return s3.head_object(Bucket=bucket, Key=DATA)["LastModified"]
+    except ClientError:
+        return datetime.now(UTC)
+
+
+def not_begun(
+    account: Account,
+    bucket: str,
+    run: str,
+    answers: list[Answer],
+) -> str:  # empty if that is not known
+    "Why the run of the files that lie there was not begun."
+    try:
+        if newest_run(account, bucket) != run:
+            return ""
+    except InputError:
+        return ""  # no run has begun, but this may not be the one of these files
+    etag = account.client("s3").head_object(Bucket=bucket, Key=DATA)["ETag"].strip('"')
+    refused = [a.words for a in answers if a.etag == etag and not a.run]
+    return refused[-1] if refused else ""
+
+
 def finished(
     account: Account,
     bucket: str,
@@ -229,9 +279,11 @@ def watch(
     every: float = 5.0,  # seconds
     patience: float = float("inf"),  # seconds without a new epoch after which to give up
 ) -> News:
-    "Report on a run until its results are there; raises `RuntimeError` if it ends early, or if nothing happens any more."
+    "Report on a run until its results are there; raises `InputError` if it was refused, and `RuntimeError` if it ends early, or if nothing happens any more."
     bucket, since, epochs, moved = bucket_of(account, stack), time.time(), -1, time.monotonic()
+    known = set()
     while True:
+        answers = new_answers(account, bucket, known)
         asked, (now, cost) = time.time(), newest_cost(account, stack, run)
         news = News(
             now,
@@ -239,10 +291,13 @@ def watch(
             errors_since(account, stack, since),
             finished(account, bucket, run),
             newest_spent(account, stack, run),
+            tuple(answer.words for answer in answers),
         )
         report(news)
         if news.finished:
             return news
+        if not now and (reason := not_begun(account, bucket, run, answers)):
+            raise InputError(f"run {run} was not begun: {reason}")
         if reason := stopped(account, bucket, run):
             raise RuntimeError(f"run {run} ended after {now} epochs: {reason}")
         if now != epochs:

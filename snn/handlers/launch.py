@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..cloud.bucket import uploads
+from ..cloud.bucket import unwrapped, uploads
 from ..cloud.deadline import in_time
 from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.meter import Reading, reading, uploaded_at
@@ -42,7 +42,7 @@ from snn.handlers.inputs import (
     weights,
 )
 from .stay import resident
-from .upload import NAME, handle_upload, held_key
+from .upload import NAME, handle_uploads, held_key
 from ..maths import model, sampling
 from ..maths.network import activations, best_batch, cost, mean_of, reached, step
 
@@ -375,11 +375,7 @@ def failures(
     event: dict,  # from SNS
 ) -> list[dict]:
     "What Lambda tells of events that failed for good."
-    return [
-        json.loads(record["Sns"]["Message"])
-        for record in event.get("Records", [])
-        if record.get("EventSource") == "aws:sns"
-    ]
+    return [inner for inner in unwrapped(event) if "requestContext" in inner]
 
 
 def handle_failure(
@@ -414,8 +410,9 @@ def lambda_handler(
         watch.watch(services)
     if "function" in event:
         handle(msgspec.convert(event, Message), services)
-    for upload in uploads(event):
-        handle_upload(upload, services)
+    failed = handle_uploads(uploads(event), services)
     for letter in failures(event):
         handle_failure(letter, services)
     services.bus.settle()
+    if failed:
+        raise failed[0]  # the event is tried again

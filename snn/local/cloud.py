@@ -33,11 +33,11 @@ def create_bucket(
     name: str,
     inbox: str,  # ARN of the queue that is told of uploads
 ) -> None:
-    "A bucket that tells of every data set put under training_input/."
+    "A bucket that tells of every file put under training_input/."
     s3 = aws.client("s3")
     if name not in [b["Name"] for b in s3.list_buckets()["Buckets"]]:
         s3.create_bucket(Bucket=name)
-    rules = [{"Name": "prefix", "Value": "training_input/"}, {"Name": "suffix", "Value": "h5"}]
+    rules = [{"Name": "prefix", "Value": "training_input/"}]
     s3.put_bucket_notification_configuration(
         Bucket=name,
         NotificationConfiguration={
@@ -188,7 +188,8 @@ class LocalCloud:
             for i in range(self.workers.count)
             for key in (taken_by, meant_for)
         ]
-        lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", "snn:refused"]
+        told = ["snn:refused", "snn:answered", "snn:waiting", "snn:missed"]
+        lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", *told]
         try:
             connect(self.server.url, namespace=self.namespace).unlink(*lasting)
         except (redis.RedisError, Refusing):
