@@ -344,6 +344,8 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             "of the fault schedules a slice; to get all: bin/test --faults"
         )
+    if not terminalreporter.config.getoption("--fresh"):
+        terminalreporter.write_line("no fresh clones; to get them: bin/test --fresh")
 
 
 def pytest_addoption(parser):
@@ -352,6 +354,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="run all fault schedules, not only a slice of them",
     )
+    parser.addoption(
+        "--fresh",
+        action="store_true",
+        help="make clones and environments, and use them in strange places",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    "The fresh clones take minutes: only by name or option."
+    named = any("fresh" in argument for argument in config.invocation_params.args)
+    if collection_path.name == "fresh" and not named:
+        return True
 
 
 @pytest.fixture(scope="session")

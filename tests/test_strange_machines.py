@@ -55,6 +55,15 @@ def test_a_backend_that_is_not_there_does_not_end_a_training(backend, train, tmp
     assert (tmp_path / "out" / "cost.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["a%20b#c?d&e", "long-" * 30])
+def test_a_temporary_folder_may_have_any_name(name, train, tmp_path):
+    "Also one that is too long for a socket, or that means something in an address."
+    (tmp_path / name).mkdir()
+    done = train(tmp_path, TMPDIR=str(tmp_path / name))
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / name).iterdir())
+
+
 @pytest.mark.parametrize(
     "script", ["train", "test", "deploy", "destroy", "lab", "pipeline", "venv", "mutants"]
 )
