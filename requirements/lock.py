@@ -13,6 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent / "pyproject.toml"
 LOWEST = "3.11"
+ALONE = ["checkov"]  # pins too much to share an environment with; .ci/run installs it
 Pins = dict[str, str]  # `name==version ; marker`: its lines, with hashes
 
 
@@ -22,15 +23,13 @@ def parents(extra: str, extras: dict[str, list[str]]) -> list[str]:
     return [name for match in named if match for name in match[1].split(",")] or ["base"]
 
 
-def resolve(options: list[str], build: list[str], constraints: Path | None = None) -> Pins:
-    "What uv would install, for all systems at once."
-    command = ["uv", "pip", "compile", PROJECT, "-", "--universal", "--generate-hashes"]
+def resolve(names: list[str], *options: str | Path) -> Pins:
+    "What uv would install of what is named, and of what the options add, for all systems at once."
+    command = ["uv", "pip", "compile", "-", "--universal", "--generate-hashes"]
     command += ["--python-version", LOWEST, "--no-emit-index-url", "--no-emit-find-links"]
     command += ["--no-header", "--no-annotate", "--quiet", *options]
-    if constraints:
-        command += ["--constraints", constraints]
     done = subprocess.run(
-        command, input="\n".join(build), text=True, stdout=subprocess.PIPE, check=True
+        command, input="\n".join(names), text=True, stdout=subprocess.PIPE, check=True
     )
     blocks = re.findall(r"^\S.*(?:\n\s.*)*", done.stdout, re.M)
     return {block.partition(" \\\n")[0]: block for block in blocks}
@@ -48,22 +47,22 @@ def write(path: Path, pins: Pins, upon: list[str]) -> None:
 def main() -> None:
     "Resolve all extras together, so that all files agree; then each alone, within that."
     project = tomllib.loads(PROJECT.read_text())
-    extras, build = (
-        project["project"]["optional-dependencies"],
-        project["build-system"]["requires"],
-    )
+    extras = project["project"]["optional-dependencies"]
+    build = project["build-system"]["requires"]
     with tempfile.TemporaryDirectory() as folder:
         everything = Path(folder, "everything.txt")
-        write(everything, resolve(["--all-extras"], build), [])
-        known = {"base": resolve([], build, everything)}
-        write(FOLDER / "base.txt", known["base"], [])
-        for extra in extras:
-            known[extra] = resolve(["--extra", extra], build, everything)
-        for extra in extras:
-            upon = parents(extra, extras)
-            there = set().union(*(known[name] for name in upon))
-            added = {pin: text for pin, text in known[extra].items() if pin not in there}
-            write(FOLDER / f"{extra}.txt", added, upon)
+        write(everything, resolve(build, PROJECT, "--all-extras"), [])
+        within = (PROJECT, "--constraints", everything)
+        known = {name: resolve(build, *within, "--extra", name) for name in extras}
+        known["base"] = resolve(build, *within)
+    write(FOLDER / "base.txt", known["base"], [])
+    for name in extras:
+        upon = parents(name, extras)
+        there = set().union(*(known[parent] for parent in upon))
+        added = {pin: text for pin, text in known[name].items() if pin not in there}
+        write(FOLDER / f"{name}.txt", added, upon)
+    for name in ALONE:
+        write(FOLDER / f"{name}.txt", resolve([name]), [])
 
 
 if __name__ == "__main__":

@@ -316,7 +316,24 @@ BRINGS = {
     "no aws": "pipx install awscli",
     "PyTorch": ".venv/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu",
     "scikit-learn": ".venv/bin/pip install scikit-learn",
+    "Chromium": "apt-get install chromium",
+    "checkov": "pipx install checkov",
     "Python 3.13": "put a python3.13 on the PATH (uv python install 3.13)",
+}
+
+
+# Why a test may be skipped where none should be (bin/test --named-skips, as .ci/run does), by a word of the reason.
+MAY_BE_SKIPPED = {
+    "no photographs": "they are not ours to publish",
+    "no ../shared/data/": "they are not ours to publish",
+    "no aws": "Amazon's command line is not on PyPI as it is now; boto3 makes the same calls",
+    "no PyTorch": "gigabytes, for a comparison that scikit-learn makes too",
+    "python3.13": "another Python than the one that runs the tests",
+    "no Python 3.13": "another Python than the one that runs the tests",
+    "20 s for each kind with --faults": "long schedules, of which a slice runs",
+    "no mount namespace": "a container may forbid it",
+    "only Linux": "another system",
+    "/proc": "another system",
 }
 
 
@@ -326,11 +343,28 @@ def reason_of(report) -> str:
     return said.removeprefix("Skipped: ")
 
 
+def skipped(config) -> Counter:
+    "How many tests were skipped, for each reason."
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    return Counter(map(reason_of, reports))
+
+
+def unnamed(config) -> list[str]:
+    "Reasons that nobody has named, where that was asked for."
+    named = lambda reason: any(word in reason for word in MAY_BE_SKIPPED)
+    asked = config.getoption("--named-skips") and not hasattr(config, "workerinput")
+    return [reason for reason in skipped(config) if not named(reason)] if asked else []
+
+
+def pytest_sessionfinish(session, exitstatus):
+    "A skip that nobody has named is a failure, where that was asked for."
+    if exitstatus == 0 and unnamed(session.config):
+        session.exitstatus = 1
+
+
 def pytest_terminal_summary(terminalreporter):
     "What was skipped, a line for each reason, and how to get it."
-    reasons = Counter(
-        reason_of(report) for report in terminalreporter.stats.get("skipped", [])
-    )
+    reasons = skipped(terminalreporter.config)
     terminalreporter.section("skipped, and how to get it")
     for reason, count in sorted(reasons.items()):
         how = next(
@@ -340,6 +374,8 @@ def pytest_terminal_summary(terminalreporter):
             f"{count} test{'s' * (count > 1)}: {reason}{'; to get it: ' + how if how else ''}"
         )
         terminalreporter.write_line(line)
+    for reason in unnamed(terminalreporter.config):
+        terminalreporter.write_line(f"FAILED: nobody has named this reason to skip: {reason}")
     if not terminalreporter.config.getoption("--faults"):
         terminalreporter.write_line(
             "of the fault schedules a slice; to get all: bin/test --faults"
@@ -358,6 +394,11 @@ def pytest_addoption(parser):
         "--fresh",
         action="store_true",
         help="make clones and environments, and use them in strange places",
+    )
+    parser.addoption(
+        "--named-skips",
+        action="store_true",
+        help="fail if a test is skipped for a reason that tests/conftest.py does not name",
     )
 
 

@@ -19,7 +19,7 @@ def test_a_test_that_leaves_this_machine_fails():
 def test_anywhere_names_its_regimes_and_refuses_others(root):
     command = root / "tests" / "anywhere"
     said = subprocess.run([command, "--help"], capture_output=True, text=True)
-    for regime in ("plain", "busy", "quick", "shuffled", "offline", "homeless"):
+    for regime in ("plain", "busy", "quick", "shuffled", "offline", "homeless", "newest"):
         assert f"\n  {regime} " in said.stdout
     wrong = subprocess.run([command, "elsewhere"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith(
@@ -27,16 +27,35 @@ def test_anywhere_names_its_regimes_and_refuses_others(root):
     )
 
 
-def test_what_was_skipped_is_told_with_how_to_get_it(root, tmp_path):
-    (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\ndef test_one(): pytest.skip('no aws on the PATH')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+@pytest.fixture
+def skipping(root, tmp_path):
+    "Runs a test that is skipped for a reason, with our conftest.py."
+
+    def run(reason: str, *options: str) -> subprocess.CompletedProcess:
+        (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
+        (tmp_path / "test_it.py").write_text(
+            f"import pytest\ndef test_one(): pytest.skip({reason!r})\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", *options, tmp_path],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def test_what_was_skipped_is_told_with_how_to_get_it(skipping):
+    done = skipping("no aws on the PATH")
     assert "1 test: no aws on the PATH; to get it: pipx install awscli" in done.stdout
     assert "to get all: bin/test --faults" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "reason, code", [("no aws on the PATH", 0), ("Chromium is not installed", 1)]
+)
+def test_where_all_is_installed_a_skip_for_no_named_reason_fails(reason, code, skipping):
+    done = skipping(reason, "--named-skips")
+    assert done.returncode == code, done.stdout
+    assert (f"nobody has named this reason to skip: {reason}" in done.stdout) == bool(code)

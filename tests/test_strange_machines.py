@@ -55,6 +55,60 @@ def test_a_backend_that_is_not_there_does_not_end_a_training(backend, train, tmp
     assert (tmp_path / "out" / "cost.png").is_file()
 
 
+def test_what_a_matplotlibrc_says_changes_no_picture(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: nowhere\n")
+    program = "from pathlib import Path; from snn.local.training import plot_costs; plot_costs([1, 0.5], 0.1, Path('cost.png'))"
+    subprocess.run([sys.executable, "-P", "-c", program], cwd=tmp_path, check=True)
+    assert (tmp_path / "cost.png").is_file()
+
+
+@pytest.fixture
+def arguments(parameters, small_data, tmp_path):
+    "What snn train is given, without --out."
+    given = tmp_path / "parameters.json"
+    given.write_bytes(msgspec.json.encode(parameters((3, 1), epochs=2)))
+    return ["train", "--data", small_data, "--parameters", given, "--workers", 1]
+
+
+def test_a_picture_that_can_not_be_drawn_is_a_note(arguments, snn, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("snn.local.training.plot_costs", fail)
+    code, said, _ = snn(*arguments, "--out", tmp_path / "out")
+    assert code == 0
+    assert "note            cost.png could not be drawn: No space left on device" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "params.h5",
+        "results.json",
+        "run.json",
+    ]
+
+
+def test_what_would_stop_the_end_stops_the_beginning(arguments, snn, tmp_path, monkeypatch):
+    monkeypatch.setattr("snn.local.training.LocalCloud", lambda *_, **__: pytest.fail("begun"))
+    (tmp_path / "out" / "params.h5").mkdir(parents=True)
+    code, _, said = snn(*arguments, "--out", tmp_path / "out")
+    assert code == 2 and said.splitlines()[-1] == (
+        f"{tmp_path / 'out' / 'params.h5'}: is a folder; a file of this name is left at the end"
+    )
+
+
+def test_two_runs_do_not_leave_their_files_in_one_folder(arguments, snn, tmp_path):
+    out = tmp_path / "out"
+    program = f"from pathlib import Path; from snn.local.training import alone_in\nwith alone_in(Path({str(out)!r})): print('held', flush=True); input()"
+    command = [sys.executable, "-P", "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        code, _, said = snn(*arguments, "--out", out)
+        assert code == 2 and said.splitlines()[-1] == (
+            f"{out}: another run leaves its files here; wait for its end, or give another --out"
+        )
+        assert not list(out.iterdir())
+        other.kill()
+    assert snn(*arguments, "--out", out)[0] == 0
+
+
 @pytest.mark.parametrize("name", ["a%20b#c?d&e", "long-" * 30])
 def test_a_temporary_folder_may_have_any_name(name, train, tmp_path):
     "Also one that is too long for a socket, or that means something in an address."

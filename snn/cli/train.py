@@ -57,7 +57,9 @@ def summary(
         *(
             f"  {name:15} {outcome.files[name]}"
             for name in ("results.json", "params.h5", "cost.png")
+            if name in outcome.files
         ),
+        *(f"  note            {note}" for note in outcome.notes),
     ]
     return "\n".join(lines)
 
