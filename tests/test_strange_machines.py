@@ -8,6 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from snn.maths import data
+from snn.maths.parameters import InputError
+
 SNN = Path(sys.executable).parent / "snn"
 
 
@@ -107,6 +110,24 @@ def test_two_runs_do_not_leave_their_files_in_one_folder(arguments, snn, tmp_pat
         assert not list(out.iterdir())
         other.kill()
     assert snn(*arguments, "--out", out)[0] == 0
+
+
+def test_who_has_no_home_gets_another_cache_folder(tmp_path, monkeypatch):
+    "A file where a folder should be keeps out root too."
+    (tmp_path / "home").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ".cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    temporary = tmp_path / f"snn-cache-{os.getuid()}"
+    assert data.cache_folder() == temporary and temporary.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("HOME", "~")  # as where neither HOME nor a user is known
+    assert data.cache_folder() == temporary
+    temporary.rmdir()
+    temporary.symlink_to("/nowhere")
+    with pytest.raises(InputError, match="set XDG_CACHE_HOME to one that can be written to"):
+        data.cache_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data.cache_folder() == tmp_path / "cache" / "snn"
 
 
 @pytest.mark.parametrize("name", ["a%20b#c?d&e", "long-" * 30])
