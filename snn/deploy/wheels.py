@@ -83,6 +83,7 @@ def _download(lock: Path, target: Target, folder: Path) -> None:
         done = subprocess.run(
             [
                 sys.executable,
+                "-P",
                 "-m",
                 "pip",
                 "download",

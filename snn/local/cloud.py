@@ -123,9 +123,11 @@ class LocalCloud:
 
     def _carry_on(self) -> None:
         "Carry upload events from SQS to LaunchLambda, and look after workers, server and runs."
-        while not self.closing.is_set():
+        while not self.closing.wait(0.1 if self.workers.deaths else 0):
             found = self.sqs.receive_message(
-                QueueUrl=self.inbox, WaitTimeSeconds=1, MaxNumberOfMessages=10
+                QueueUrl=self.inbox,
+                WaitTimeSeconds=0 if self.workers.deaths else 1,
+                MaxNumberOfMessages=10,
             )
             try:
                 for message in found.get("Messages", []):

@@ -419,6 +419,7 @@ class LambdaWorkers:
     "The functions in their packages, in place of `snn.local.worker.Workers`."
 
     timeout = 60.0  # seconds that a function has
+    deaths = 0  # the runtime counts them
     every = 5.0  # seconds between two events of the watchdog's schedule
 
     def __init__(

@@ -6,10 +6,12 @@
 __all__ = ['SETTINGS', 'handlers', 'run_one', 'main', 'cores', 'Workers']
 
 # %% ../../nbs/local/02_worker.ipynb #4ee77f04
+import contextlib
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -64,9 +66,18 @@ SETTINGS = {
 }
 
 
+def _tell(started: int) -> int:
+    "Say once that we have come through our first messages; returns what to tell the next time, -1 for nothing."
+    if started >= 0:
+        with contextlib.suppress(OSError):  # who has started us has gone
+            os.write(started, b".")
+        os.close(started)
+    return -1
+
+
 def main() -> None:
     "Work until told to stop."
-    name, parent = sys.argv[1], int(sys.argv[2])
+    name, parent, started = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.getLogger("snn").setLevel(
         logging.ERROR
     )  # the program that has started us says it, once for all
@@ -75,6 +86,7 @@ def main() -> None:
         while os.getppid() == parent:
             for envelope in services.bus.take(name):
                 run_one(envelope, functions, services)
+            started = _tell(started)
     except Refusing:
         pass  # so it is told as well
     except redis.ConnectionError:  # the server has gone; when it is there again, a new worker takes up what we had in hand
@@ -96,7 +108,8 @@ class Workers:
     "A handful of worker processes. One that dies is replaced, and what it had in hand goes back into the queue."
 
     program = (
-        "from snn.local.worker import main; main()"  # is given its name, and whose child it is
+        # is given its name, whose child it is, and where to tell that it has started
+        "from snn.local.worker import main; main()"
     )
 
     def __init__(
@@ -109,6 +122,9 @@ class Workers:
             {**SETTINGS, **environment, "SNN_WORKERS": str(self.count)}
         )
         self.queue = Services(self.environment).bus
+        self.started, self.tells = os.pipe()
+        os.set_blocking(self.started, False)
+        self.said, self.shown = tempfile.TemporaryFile("a+b", buffering=0), 0
         self.processes, self.deaths = (
             {f"worker{i}": self._start(f"worker{i}") for i in range(self.count)},
             0,
@@ -116,26 +132,53 @@ class Workers:
 
     def _start(self, name: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", self.program, name, str(os.getpid())],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                self.program,
+                name,
+                str(os.getpid()),
+                str(self.tells),
+            ],
             env=self.environment,
             stdin=subprocess.DEVNULL,
+            stderr=self.said,
+            pass_fds=[self.tells],
             process_group=0,
         )  # Ctrl-C is for the parent, which then stops its workers
 
     def look_after(self) -> int:  # how many had died
-        "Replace workers that have died; raises `RuntimeError` if they do so each time."
+        "Replace workers that have died; raises `RuntimeError` if none comes through its first messages."
         dead = [name for name, process in self.processes.items() if process.poll() is not None]
-        self.deaths = (
-            self.deaths + len(dead) if dead else 0
-        )  # without a look that found all alive
-        if self.deaths > 5 * self.count:
+        self.deaths = (0 if self._has_started() else self.deaths) + len(dead)
+        if self._none_lives():
+            said = self._unshown().strip().splitlines()
             raise RuntimeError(
-                "the workers die as soon as they start; what they say is on standard error"
+                f"the workers die before they have done anything{': ' + said[-1] if said else ''}"
             )
+        if not self.deaths:
+            sys.stderr.write(self._unshown())
         for name in dead:
             self.queue.recover(name)
             self.processes[name] = self._start(name)
         return len(dead)
+
+    def _none_lives(self) -> bool:
+        return self.deaths > 5 * self.count
+
+    def _has_started(self) -> bool:
+        "Has any worker come through its first messages since we last looked?"
+        try:
+            return bool(os.read(self.started, 4096))
+        except BlockingIOError:
+            return False
+
+    def _unshown(self) -> str:
+        "What the workers have written to standard error, and has not been shown."
+        text = os.pread(self.said.fileno(), 2**20, self.shown)
+        self.shown += len(text)
+        return text.decode(errors="replace")
 
     def watch(self, services: Services, bucket: str) -> None:
         "What the watchdog's schedule does on AWS."
@@ -147,3 +190,8 @@ class Workers:
             process.terminate()
         for process in self.processes.values():
             process.wait()
+        if not self._none_lives():
+            sys.stderr.write(self._unshown())
+        os.close(self.started)
+        os.close(self.tells)
+        self.said.close()

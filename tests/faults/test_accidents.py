@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import h5py
 import msgspec
@@ -303,12 +304,41 @@ def test_connections_are_bounded():
 
 
 def test_workers_that_can_not_live_end_the_training_with_a_sentence(
-    tmp_path, small_data, long_run, monkeypatch
+    tmp_path, small_data, long_run, monkeypatch, capfd
 ):
-    monkeypatch.setattr(
-        Workers,
-        "_start",
-        lambda self, name: subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]),
-    )
-    with pytest.raises(RuntimeError, match="the workers die as soon as they start"):
+    monkeypatch.setattr(Workers, "program", "raise OSError('no room for a worker')")
+    why = "the workers die before they have done anything: OSError: no room for a worker"
+    with pytest.raises(RuntimeError, match=why):
         training.train(long_run, small_data, tmp_path / "out")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def queue():
+    with parameter_server() as server:
+        yield {"SNN_REDIS_URL": server.url}
+
+
+def look(workers) -> None:
+    "Look after workers while they live, and when they have died."
+    workers.look_after()
+    for process in workers.processes.values():
+        process.wait()
+    workers.look_after()
+
+
+def test_deaths_are_counted_however_long_a_worker_lives(queue, monkeypatch):
+    monkeypatch.setattr(Workers, "program", "raise SystemExit('too late')")
+    with closing(Workers(queue, count=1)) as workers:
+        with pytest.raises(RuntimeError, match="too late"):
+            for _ in range(20):
+                look(workers)
+
+
+def test_a_worker_that_dies_later_is_replaced_as_often_as_it_takes(queue, monkeypatch, capfd):
+    program = "import os, sys; os.write(int(sys.argv[3]), b'.'); raise SystemExit('later')"
+    monkeypatch.setattr(Workers, "program", program)
+    with closing(Workers(queue, count=1)) as workers:
+        for _ in range(10):
+            look(workers)
+    assert capfd.readouterr().err.count("later") >= 10  # what workers say is shown
