@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from snn.maths import data
-from snn.maths.parameters import InputError
+from snn.data import h5 as data
+from snn.errors import InputError
 
 SNN = Path(sys.executable).parent / "snn"
 

@@ -452,5 +452,22 @@ def doubles(
 
 # %% ../../nbs/data/01_h5.ipynb #f990a95c
 def cache_folder() -> Path:
-    "`$XDG_CACHE_HOME/snn`, or `~/.cache/snn`."
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "snn")
+    "`$XDG_CACHE_HOME/snn` or `~/.cache/snn`, or a temporary one; raises `InputError` if none can be written to."
+    for place in (os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache")):
+        if place and os.path.isabs(place) and _can_be_written(Path(place, "snn")):
+            return Path(place, "snn")
+    last = Path(tempfile.gettempdir(), f"snn-cache-{os.getuid()}")
+    if _can_be_written(last) and last.lstat().st_uid == os.getuid():
+        return last
+    raise InputError(
+        "there is no folder to keep drawn data sets and packages in: set XDG_CACHE_HOME to one that can be written to"
+    )
+
+
+def _can_be_written(folder: Path) -> bool:
+    "Make a folder where there is none; may files be made in it?"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)

@@ -24,7 +24,7 @@ from ..cloud.bucket import Bucket, Upload
 from ..data import h5 as data
 from ..errors import InputError
 from ..handlers.upload import run_id
-from .training import Progress, drawn_datasets, fetch, train
+from .training import Progress, alone_in, drawn_datasets, fetch, train
 from ..maths.parameters import Parameters
 from ..replay.record import open_bucket, record_in_bucket
 
@@ -360,6 +360,13 @@ def run_pipeline(
     check(request)
     out = request.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        return _run_stages(request, out, report, progress)
+
+
+def _run_stages(
+    request: Request, out: Path, report: Callable[[Event], None], progress: bool
+) -> Path:
     done, common = [], {"bucket": request.bucket, "region": request.region}
     with stage("data", done, report):
         datasets = _take_data(request)
