@@ -386,6 +386,8 @@ def watch(
             last[:] = [news.epochs]
 
     runs.watch(account, stack, run, tell, every, patience)
+    for line in runs.undelivered(account, bucket, run):
+        err.print(f"Not delivered: {line}", markup=False)
     out.print(
         f"Run {run} has finished: s3://{bucket}/training_results/{run}/results.json and s3://{bucket}/prediction_input/params.h5",
         markup=False,

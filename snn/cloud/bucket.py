@@ -7,7 +7,7 @@ __all__ = ['PASSES', 'NoFile', 'Replaced', 'Bucket', 'Upload', 'unwrapped', 'upl
 
 # %% ../../nbs/cloud/06_bucket.ipynb #4712f999
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
@@ -137,12 +137,22 @@ class Topic:
         self,
         client=None,  # boto3 client of SNS
         arn: str = "",
+        missed: Callable[[str, str], None] = lambda what, reason: (
+            None
+        ),  # hears of what is lost
     ):
-        self.client, self.arn = client, arn
+        self.client, self.arn, self.missed = client, arn, missed
 
     def tell(self, subject: str, text: str) -> None:
         "Send a mail to whoever has subscribed. SNS takes subjects of 100 characters in one line."
-        if self.arn:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if not self.arn:
+            return
+        try:
             self.client.publish(
                 TopicArn=self.arn, Subject=" ".join(subject.split())[:100], Message=text
             )
+        except (BotoCoreError, ClientError) as error:
+            note(f"a mail was not delivered, {subject}: {error}")
+            self.missed(f"mail, {subject}", str(error))

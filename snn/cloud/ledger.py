@@ -7,11 +7,12 @@ __all__ = ['FUNCTIONS', 'KEEP', 'Count', 'Entry', 'StoreLedger', 'DynamoLedger',
 
 # %% ../../nbs/cloud/04_ledger.ipynb #293c812b
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from .messages import ALL, Message, Plan
 from .store import Store, key, tag
+from .telemetry import note
 
 # %% ../../nbs/cloud/04_ledger.ipynb #19b85b9f
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
@@ -100,12 +101,17 @@ class DynamoLedger(StoreLedger):
         dynamodb,  # boto3 client
         prefix: str = "",  # of the tables' names
         residents: Container[str] = (),  # runs whose functions stay
+        missed: Callable[[str, str], None] = lambda what, reason: (
+            None
+        ),  # hears of what is lost
     ):
         super().__init__(store)
         self.dynamodb, self.prefix, self.residents = dynamodb, prefix, residents
+        self.missed = missed
 
     def _update(
         self,
+        run: str,
         table: str,
         key: dict,
         expression: str,
@@ -113,6 +119,9 @@ class DynamoLedger(StoreLedger):
         names: dict = {},
         condition: str | None = None,
     ):
+        "Write, and note what DynamoDB does not take: the ledger is looked at, and no run needs it."
+        from botocore.exceptions import BotoCoreError, ClientError
+
         extra = {"ConditionExpression": condition} if condition else {}
         if names:
             extra["ExpressionAttributeNames"] = names
@@ -127,12 +136,16 @@ class DynamoLedger(StoreLedger):
             )
         except self.dynamodb.exceptions.ConditionalCheckFailedException:
             pass  # a duplicate: recorded before
+        except (BotoCoreError, ClientError) as error:
+            note(f"not in the ledger, table {self.prefix}{table}: {error}")
+            self.missed(f"ledger of run {run}, table {self.prefix}{table}", str(error))
 
     def started(self, message: Message) -> None:
         "Count an attempt."
         if message.run in self.residents:
             return
         self._update(
+            message.run,
             message.function,
             {"invID": {"S": message.id}},
             "SET cnt = if_not_exists(cnt, :zero), started = if_not_exists(started, :now), expires = :expires ADD attempts :one",
@@ -144,6 +157,7 @@ class DynamoLedger(StoreLedger):
         if message.run in self.residents:
             return
         self._update(
+            message.run,
             message.function,
             {"invID": {"S": message.id}},
             "SET cnt = :one, finished = :now, microseconds = :took, expires = :expires",
@@ -159,6 +173,7 @@ class DynamoLedger(StoreLedger):
         "Write a mini-batch's cost into the Costs table."
         super().cost(message, cost)
         self._update(
+            message.run,
             "Costs",
             {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
             "SET #batch = :cost, expires = :expires",
@@ -169,6 +184,7 @@ class DynamoLedger(StoreLedger):
     def spent(self, message: Message, dollars: float) -> None:
         "Write beside the epoch's costs what the run has cost so far, for those who watch from outside."
         self._update(
+            message.run,
             "Costs",
             {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
             "SET spent = :spent, expires = :expires",

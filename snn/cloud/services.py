@@ -153,6 +153,7 @@ class Services:
             aws_client("dynamodb", self.environment),
             self.environment.get("SNN_TABLES", ""),
             self.residents,
+            self.runs.miss,
         )
 
     @cached_property
@@ -174,7 +175,9 @@ class Services:
     @cached_property
     def topic(self) -> Topic:
         arn = self.environment.get("SNN_TOPIC", "")
-        return Topic(aws_client("sns", self.environment), arn) if arn else Topic()
+        if not arn:
+            return Topic()
+        return Topic(aws_client("sns", self.environment), arn, self.runs.miss)
 
     def bucket(self, name: str) -> Bucket:
         "A bucket, by name."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'DATA', 'WHERE', 'bucket_of', 'project_parameters', 'parameters_there', 'upload', 'newest_run', 'News',
            'newest_cost', 'newest_spent', 'readable', 'errors_since', 'new_answers', 'not_begun', 'finished', 'stopped',
-           'watch']
+           'undelivered', 'watch']
 
 # %% ../../nbs/deploy/05_runs.ipynb #8422c836
 import json
@@ -271,6 +271,29 @@ def stopped(
     )
 
 # %% ../../nbs/deploy/05_runs.ipynb #1419efae
+def _figures(
+    account: Account, stack: str, run: str
+) -> tuple[tuple[int, float | None], float | None, list[str]]:
+    "Epochs and costs of a run, its bill, and what is lacking where there is no table."
+    try:
+        return newest_cost(account, stack, run), newest_spent(account, stack, run), []
+    except account.client("dynamodb").exceptions.ResourceNotFoundException:
+        lacking = (
+            f"there is no table {stack}-Costs, so no epochs are shown; bin/deploy makes it"
+        )
+        return (0, None), None, [lacking]
+
+
+def undelivered(
+    account: Account,
+    bucket: str,
+    run: str,  # that has finished
+) -> list[str]:
+    "What could not be delivered of a run."
+    content = Bucket(account.client("s3"), bucket).get(f"training_results/{run}/run.json")
+    return json.loads(content).get("undelivered", [])
+
+
 def watch(
     account: Account,
     stack: str,
@@ -284,13 +307,13 @@ def watch(
     known = set()
     while True:
         answers = new_answers(account, bucket, known)
-        asked, (now, cost) = time.time(), newest_cost(account, stack, run)
+        asked, ((now, cost), spent, lacking) = time.time(), _figures(account, stack, run)
         news = News(
             now,
             cost,
-            errors_since(account, stack, since),
+            [*lacking[: epochs < 0], *errors_since(account, stack, since)],
             finished(account, bucket, run),
-            newest_spent(account, stack, run),
+            spent,
             tuple(answer.words for answer in answers),
         )
         report(news)

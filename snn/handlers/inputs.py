@@ -332,6 +332,7 @@ def end_early(
         "reason": reason,
         "epochs": status.epoch + 1,
         "cost": status.cost,
+        "undelivered": services.runs.missed(plan.name),
     }
     services.bucket(plan.bucket).put(
         f"training_results/{plan.name}/stopped.json", msgspec.json.encode(record)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLLOW', 'EVERY', 'follow_best', 'follow_mean', 'read_meter', 'note_meter', 'validate', 'over_limit', 'why_end',
-           'results', 'trained_model', 'model_file', 'leave_results', 'go_on', 'handle', 'mail_if_due', 'end',
-           'failures', 'handle_failure', 'lambda_handler']
+           'results', 'trained_model', 'model_file', 'leave_results', 'go_on', 'handle', 'mail_if_due', 'undelivered',
+           'end', 'failures', 'handle_failure', 'lambda_handler']
 
 # %% ../../nbs/handlers/06_launch.ipynb #f5837e2c
 import json
@@ -280,6 +280,7 @@ def leave_results(
         "plan": plan,
         "invocations": counts,
         "meter": meter,
+        "undelivered": services.runs.missed(plan.name),
     }
     bucket.put(f"{folder}/params.h5", trained)
     bucket.put(f"{folder}/results.json", text)
@@ -354,6 +355,14 @@ def mail_if_due(
         )
 
 
+def undelivered(
+    plan: Plan,
+    services: Services,
+) -> str:  # empty if all was
+    "What could not be delivered of a run."
+    return "".join(f"\nNot delivered: {missed}" for missed in services.runs.missed(plan.name))
+
+
 def end(
     plan: Plan,
     message: Message,
@@ -365,7 +374,8 @@ def end(
     early = "early" if status.epoch + 1 < plan.parameters.epochs else ""
     services.topic.tell(
         f"Run {plan.name} finished {early}",
-        f"After {status.epoch + 1} epochs at a cost of {status.cost:.6g}: {status.reason}.",
+        f"After {status.epoch + 1} epochs at a cost of {status.cost:.6g}: {status.reason}."
+        + undelivered(plan, services),
     )
     status.state = "finished"
     services.runs.update(plan.run, status)
