@@ -6,8 +6,10 @@ import re
 import h5py
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+from snn.cli.main import app as commands
 from snn.data import h5 as data
 from snn.data import models
 from snn.deploy.gate import Service, questions, said_of
@@ -156,3 +158,58 @@ def test_the_analysis_reads_what_the_original_left(weights_alone, small_data, tm
     evaluation = model.evaluate(whole, *data.read_test(small_data))
     assert "results of 2018, a 20-7-5-1 network" in said and ASSUMED in said
     assert "| final cost | 0.620000 |" in said and f"**{evaluation.accuracy:.1%}**" in said
+
+
+# The page "Coming from the original"
+
+PARTS = [
+    "Configuration",
+    "Deployment",
+    "SageMaker",
+    "LaunchLambda",
+    "TrainerLambda",
+    "NeuronLambda",
+    "Files",
+    "Notebooks",
+    "Prediction API",
+    "Pipeline",
+    "Cleanup",
+    "Known troubles",
+]
+
+
+@pytest.fixture(scope="module")
+def page(root) -> str:
+    return (root / "docs" / "coming-from-the-original.md").read_text()
+
+
+def test_every_part_of_the_original_has_its_rows_and_what_does_it_now(page, root):
+    for part in PARTS:
+        (section,) = re.findall(rf"^### {part}$(.*?)(?=^##|\Z)", page, re.M | re.S)
+        rows = re.findall(r"^\| (.+) \| (.+) \|$", section, re.M)
+        assert rows[0] == ("2018", "now") and len(rows) > 2 and all(now for _, now in rows)
+    assert "docs/coming-from-the-original.md" in (root / "README.md").read_text()
+
+
+def test_every_command_on_the_page_is_there_with_its_options(page, root):
+    app = typer.main.get_command(commands)
+    asked = re.findall(r"`(?:\.venv/bin/)?(snn|bin/\w+)( [^`]*)?`", page)
+    assert len(asked) > 15
+    for program, words in asked:
+        words = words.split()
+        if program != "snn":
+            assert (root / program).is_file()
+            words.insert(
+                0, {"bin/deploy": "deploy", "bin/destroy": "destroy"}.get(program, "train")
+            )
+        known = {
+            name
+            for option in app.commands[words[0]].params
+            for name in (*option.opts, *option.secondary_opts)
+        }
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_every_file_that_the_page_names_is_there(page, root):
+    for name in re.findall(r"\]\(\.\./([^)#]+)", page) + re.findall(r"`(nbs/[^`]+)`", page):
+        assert (root / name).exists(), name

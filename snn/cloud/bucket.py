@@ -70,6 +70,11 @@ class Bucket:
         "Write a file."
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
+    def remove(self, key: str) -> None:
+        "Take a file away, if it is there."
+        if key in self.keys(key):
+            self.client.delete_object(Bucket=self.name, Key=key)
+
     def keys(self, prefix: str) -> list[str]:
         "Names of all files that begin with `prefix`."
         pages = self.client.get_paginator("list_objects_v2").paginate(
@@ -84,6 +89,7 @@ class Upload(NamedTuple):
     bucket: str
     key: str
     etag: str
+    mark: str = ""  # S3's sequencer, another for each time that it was put there
 
     @property
     def address(self) -> str:
@@ -122,12 +128,13 @@ def uploads(
 def _uploads(event: dict) -> Iterator[Upload]:
     if event.get("source") == "aws.s3" and event.get("detail-type") == "Object Created":
         file = event["detail"]["object"]
-        yield Upload(event["detail"]["bucket"]["name"], file["key"], file.get("etag", ""))
+        etag, mark = file.get("etag", ""), file.get("sequencer", "")
+        yield Upload(event["detail"]["bucket"]["name"], file["key"], etag, mark)
     for record in event.get("Records") or []:
         if record.get("eventName", "").startswith(("ObjectCreated", "s3:ObjectCreated")):
             file = record["s3"]["object"]
-            etag = file.get("eTag", "").strip('"')
-            yield Upload(record["s3"]["bucket"]["name"], unquote_plus(file["key"]), etag)
+            etag, mark = file.get("eTag", "").strip('"'), file.get("sequencer", "")
+            yield Upload(record["s3"]["bucket"]["name"], unquote_plus(file["key"]), etag, mark)
 
 # %% ../../nbs/cloud/06_bucket.ipynb #c0c7a8d9
 class Topic:

@@ -99,6 +99,9 @@ class LabBucket(dict):
     def put(self, key, content):
         self[key] = content
 
+    def remove(self, key):
+        self.pop(key, None)
+
     def keys(self, prefix=""):
         return [key for key in list(super().keys()) if key.startswith(prefix)]
 

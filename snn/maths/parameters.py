@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment', 'Dropout', 'Parameters',
-           'from_dict', 'parse', 'read', 'encode']
+           'Dtype', 'RunName', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment', 'Dropout',
+           'Parameters', 'from_dict', 'parse', 'read', 'encode']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -37,6 +37,13 @@ Granularity = Annotated[
 ]
 Aggregation = Annotated[Literal["best", "mean"], Meta(description="best or mean")]
 Dtype = Annotated[Literal["float64", "float32"], Meta(description="float64 or float32")]
+RunName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[\w .-]{0,64}\Z",
+        description="a name of up to 64 letters, digits, blanks, dots, hyphens and underscores",
+    ),
+]
 Rule = Annotated[Literal["sgd", "momentum", "adam"], Meta(description="sgd, momentum or adam")]
 Standardise = Annotated[Literal["range", "mean"], Meta(description="range or mean")]
 Switch = Annotated[bool, Meta(description="true or false")]
@@ -89,6 +96,7 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     stall_after: Positive = 20.0  # seconds without progress until the watchdog looks
     max_cost: NotNegative = 0.0  # USD that the run may cost at AWS's prices; 0 is off
     deadline: NotNegative = 0.0  # seconds from the upload that the run may take; 0 is off
+    run: RunName = ""  # another name, another run of the same data and parameters
     residents: Count = 0  # NeuronLambdas that stay and take messages from a queue; 0: each message invokes one
     augment: Augment = Augment()
     dropout: Dropout = Dropout()
@@ -264,7 +272,7 @@ def read(
     return parse(path.read_bytes(), str(path))
 
 # %% ../../nbs/maths/01_parameters.ipynb #5c0de7f1
-LATER = ("augment", "dropout", "standardise", "checkpoint_seconds")
+LATER = ("augment", "dropout", "standardise", "checkpoint_seconds", "run")
 
 
 def encode(

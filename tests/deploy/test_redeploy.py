@@ -19,6 +19,7 @@ NOTHING = dict.fromkeys(
         "Domain",
         "ReviewRange",
         "GitHubRepository",
+        "ModelCopy",
     )
 )
 FIRST = {
@@ -31,6 +32,7 @@ FIRST = {
     "Domain": "cats.example",
     "ReviewRange": "203.0.113.7/32",
     "GitHubRepository": "my-network",
+    "ModelCopy": True,
 }
 
 
@@ -69,7 +71,8 @@ def test_what_is_not_said_again_stays():
         again["Pipeline"],
         again["Certificate"],
         again["Architecture"],
-    ) == ("no", "no", "arn:aws:acm:1", "x86_64")
+        again["ModelCopy"],
+    ) == ("no", "no", "arn:aws:acm:1", "x86_64", "predict_input/params.h5")
     assert _options(before, {**NOTHING, "Notebook": True, "Certificate": ""}, False) == {
         **again,
         "Notebook": "yes",

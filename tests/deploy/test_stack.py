@@ -184,9 +184,25 @@ def test_from_nothing_to_a_model_and_back_to_nothing(
         assert wait_for(account, runs.newest_run(account, "cats-of-2026")).epochs == 2
         assert model_of(account, tmp_path).parameters == shorter
 
-    # A message that fails for good ends its run: Lambda publishes it, and the topic does the rest.
+    # From a laptop, which can't reach the parameter server, a run is stopped and taken up again.
     file.write_bytes(msgspec.json.encode(msgspec.structs.replace(parameters, epochs=10**6)))
     run = runs.upload(account, "Cats", datasets, file)
+    until(lambda: runs.newest_cost(account, "Cats", run)[0], "the run has begun")
+    order = lambda state: runs.order(account, "Cats", state, run)
+    with pytest.raises(InputError, match="is running; stop it first"):
+        order("resume")
+    assert order("stop").startswith(f"Stopped run {run} after")
+    assert runs.standings(account, "cats-of-2026")[run] == "stopped"
+    with pytest.raises(InputError, match="is not running: it has stopped"):
+        order("stop")
+    assert order("resume") == f"Run {run} goes on as {run}~1."
+    assert runs.standings(account, "cats-of-2026")[run] == "begun"
+    assert order("stop").startswith(f"Stopped run {run} after")
+
+    # The same files as a run of its own. A message that fails for good ends it: Lambda publishes it, and the topic does the rest.
+    stopped = run
+    run = runs.upload(account, "Cats", datasets, None, again=True)
+    assert run not in (stopped, *runs.standings(account, "cats-of-2026"))
     until(lambda: runs.newest_cost(account, "Cats", run)[0], "the run has begun")
     cloud[0].put(
         "Cats-NeuronLambda",
