@@ -94,6 +94,7 @@ BELOW = {  # what each room may import, itself apart; rooms that are not named h
     "cloud": {"errors", "maths"},
     "handlers": {"errors", "maths", "data", "cloud"},
     "replay": {"errors", "maths", "data", "cloud", "handlers"},
+    "live": {"errors", "maths", "data", "cloud", "handlers", "replay"},
     "viz": {"errors", "maths"},
     "serve": {"errors", "maths", "data"},
     "deploy": {"errors", "maths", "data", "cloud", "handlers"},

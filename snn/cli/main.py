@@ -15,7 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import typer
 
 from .. import __version__
-from . import bench, data, deploy, estimate, model, runs, serve, stories, train
+from . import bench, data, deploy, estimate, live, model, runs, serve, stories, train
 from .console import Stopped, err, stop_cleanly
 from ..errors import InputError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.local)
+app.command()(live.live)
 app.command()(model.predict)
 app.command()(model.evaluate)
 app.command()(estimate.estimate)

@@ -322,6 +322,7 @@ def train(
     out: Path,  # folder for the results
     report: Callable[[Progress], None] = lambda progress: None,
     workers: int | None = None,  # as many as there are processors
+    begun: Callable[[LocalCloud, str], None] = lambda cloud, run: None,  # told of the run
     ledger: str = "store",  # or dynamodb
     runtime: str = "inline",  # or lambda
     test: Path | None = None,  # the file with the test part, if it is another one
@@ -337,7 +338,9 @@ def train(
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         _write_whole(kept, sent)
         upload = cloud.upload(parameters, kept)
-        plan = watch(cloud, run_id(upload, parameters), report, out / UNFINISHED, upload.etag)
+        run = run_id(upload, parameters)
+        begun(cloud, run)
+        plan = watch(cloud, run, report, out / UNFINISHED, upload.etag)
         return _finish(cloud, plan, out, kept, began)
 
 

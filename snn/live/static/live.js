@@ -1,0 +1,484 @@
+// A network while it learns: every neuron, at any moment, with its own numbers.
+// `mount(element, source)` draws it. `source` says where the numbers come from: a page asks the
+// server that has sent it, a widget asks the kernel of its notebook.
+
+export const ACTIVATIONS = {
+  relu: (z) => Math.max(z, 0),
+  leaky_relu: (z) => Math.max(z, 0.01 * z),
+  tanh: Math.tanh,
+  sigmoid: (z) => 1 / (1 + Math.exp(-z)),
+};
+
+// The network's answer to one picture, layer by layer: what goes into each neuron and comes out.
+export function forward(network, kinds, input, silent = new Set()) {
+  const Z = [], A = [input];
+  network.forEach(({ W, b }, l) => {
+    const before = A[l], n = b.length, width = before.length;
+    const z = new Float64Array(n), a = new Float64Array(n), g = ACTIVATIONS[kinds[l]];
+    for (let i = 0; i < n; i++) {
+      let sum = b[i];
+      for (let j = 0, at = i * width; j < width; j++, at++) sum += W[at] * before[j];
+      z[i] = sum;
+      a[i] = silent.has(`${l + 1}/${i}`) ? 0 : g(sum);
+    }
+    Z.push(z); A.push(a);
+  });
+  return { Z, A };
+}
+
+// W1, b1, W2, b2, ... as they lie one after the other.
+export function unpack(buffer, sizes) {
+  let at = 0;
+  return sizes.slice(1).map((n, l) => {
+    const W = new Float32Array(buffer, at, n * sizes[l]);
+    const b = new Float32Array(buffer, at + 4 * n * sizes[l], n);
+    at += 4 * n * (sizes[l] + 1);
+    return { W, b };
+  });
+}
+
+export function httpSource() {
+  const token = new URLSearchParams(location.search).get("token") ?? "";
+  const address = (path, query = {}) => `${path}?${new URLSearchParams({ token, ...query })}`;
+  const checked = async (reply) => {
+    if (!reply.ok) throw new Error(await reply.text());
+    return reply;
+  };
+  return {
+    json: async (path, query) => (await checked(await fetch(address(path, query)))).json(),
+    bytes: async (path, query) => (await checked(await fetch(address(path, query)))).arrayBuffer(),
+    fork: async (asked) =>
+      (await checked(await fetch(address("fork"), { method: "POST", body: JSON.stringify(asked) }))).json(),
+    events: (tell) => {
+      const stream = new EventSource(address("events"));
+      stream.onmessage = (event) => tell(JSON.parse(event.data));
+      return () => stream.close();
+    },
+  };
+}
+
+export function kernelSource(model) {
+  let next = 0;
+  const waiting = new Map();
+  const listen = (content, buffers) => {
+    const promise = waiting.get(content.id);
+    waiting.delete(content.id);
+    if (!promise) return;
+    if (content.error) promise.reject(new Error(content.error));
+    else promise.resolve(buffers?.length ? copy(buffers[0]) : content.value);
+  };
+  const copy = (view) => view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength);
+  model.on("msg:custom", listen);
+  const ask = (path, query = {}) =>
+    new Promise((resolve, reject) => {
+      waiting.set(++next, { resolve, reject });
+      model.send({ id: next, path, query });
+    });
+  return {
+    json: ask, bytes: ask, fork: (asked) => ask("fork", asked),
+    events: (tell) => {
+      let going = true;
+      const look = async () => {
+        while (going) {
+          const state = await ask("state");
+          tell(state);
+          if (!["waiting", "running", "computed again"].includes(state.state)) return;
+          await new Promise((done) => setTimeout(done, 300));
+        }
+      };
+      look();
+      return () => { going = false; model.off("msg:custom", listen); };
+    },
+  };
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+function make(kind, attributes = {}, ...children) {
+  const svg = ["svg", "g", "circle", "line", "path", "text", "rect", "title", "polyline"].includes(kind);
+  const found = svg ? document.createElementNS(SVG, kind) : document.createElement(kind);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "style") found.style.cssText = value; // set so, it is allowed by a strict policy
+    else if (name.startsWith("on")) found.addEventListener(name.slice(2), value);
+    else found.setAttribute(name, value);
+  }
+  found.append(...children);
+  return found;
+}
+const digits = (x) => (x === null || x === undefined ? "–" : Math.abs(x) >= 1e-3 || x === 0 ? x.toFixed(Math.abs(x) < 10 ? 4 : 1) : x.toExponential(2));
+const percent = (x) => `${Math.round(100 * x)} %`;
+const SHOWN = 40; // neurons of a layer that are drawn
+
+// A picture of numbers, blue below zero and orange above; three of them are a pixel.
+function weightPicture(canvas, values, edge) {
+  canvas.width = canvas.height = edge;
+  const image = new ImageData(edge, edge);
+  let largest = 0;
+  for (const value of values) largest = Math.max(largest, Math.abs(value));
+  for (let pixel = 0; pixel < edge * edge; pixel++) {
+    const sum = (values[3 * pixel] + values[3 * pixel + 1] + values[3 * pixel + 2]) / 3 / (largest || 1);
+    const strength = Math.min(1, Math.abs(sum) * 1.6), colour = sum > 0 ? [194, 65, 12] : [20, 98, 138];
+    for (let c = 0; c < 3; c++) image.data[4 * pixel + c] = 255 + (colour[c] - 255) * strength;
+    image.data[4 * pixel + 3] = 255;
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+function showPicture(canvas, pixels, edge) {
+  canvas.width = canvas.height = edge;
+  const image = new ImageData(edge, edge);
+  for (let i = 0; i < edge * edge; i++) {
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = pixels[3 * i + c];
+    image.data[4 * i + 3] = 255;
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+export async function mount(element, source) {
+  element.classList.add("live");
+  const run = await source.json("run");
+  const pictures = new Uint8Array(await source.bytes("pictures"));
+  const mean = run.mean ? new Float32Array(await source.bytes("mean")) : null;
+  const inputs = run.sizes[0], layers = run.sizes.length - 1;
+  const prepare = (pixels) => Float32Array.from(pixels, (value, i) => value / 255 - (mean ? mean[i] : 0));
+  const test = run.labels.map((label, i) => {
+    const pixels = pictures.subarray(i * inputs, (i + 1) * inputs);
+    return { name: `test picture ${i}`, label, pixels, input: prepare(pixels) };
+  });
+  const view = {
+    epoch: 0, following: true, playing: false, picture: test[0], chosen: { layer: 1, neuron: 0 },
+    silent: new Set(), state: { frames: [], costs: [], steps: [] }, network: null, first: null, fork: null,
+  };
+  const known = new Map(); // frames by epoch
+  async function frameAt(epoch) {
+    if (!known.has(epoch)) {
+      if (known.size > 60) known.delete(known.keys().next().value);
+      known.set(epoch, unpack(await source.bytes("frame", { epoch }), run.sizes));
+    }
+    return known.get(epoch);
+  }
+
+  // What stands where
+  const at = {};
+  const part = (name, kind, attributes = {}, ...children) => (at[name] = make(kind, attributes, ...children));
+  const pressed = (button, on) => button.setAttribute("aria-pressed", String(on));
+  element.replaceChildren(
+    make("header", {},
+      make("h1", {}, `Run ${run.name}`),
+      part("news", "p", { class: "soft", role: "status" }, "Waiting for the first epoch."),
+      make("div", { class: "bar" },
+        part("play", "button", { type: "button", "aria-pressed": "false", onclick: play }, "Play"),
+        make("button", { type: "button", onclick: () => move(-1), "aria-label": "one frame back" }, "◀"),
+        make("button", { type: "button", onclick: () => move(1), "aria-label": "one frame on" }, "▶"),
+        part("slider", "input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "epoch", oninput: slide }),
+        part("epoch", "output", {}, "epoch 0"),
+        part("follow", "button", { type: "button", "aria-pressed": "true", onclick: follow }, "Follow"),
+      )),
+    make("div", { class: "stack" },
+    make("section", { class: "card", "aria-label": "the network" },
+      part("answer", "h2", {}, "The network"),
+      part("drawing", "div"),
+      make("p", { class: "soft" },
+        make("span", { class: "key" }, make("i", { style: "background: var(--for)" }), "activation or weight above zero"),
+        make("span", { class: "key" }, make("i", { style: "background: var(--against)" }), "below zero (for a sigmoid, below one half)"),
+        make("span", { class: "key" }, make("i", { style: "border: 3px solid var(--forward)" }), "forward step finished"),
+        make("span", { class: "key" }, make("i", { style: "border: 3px solid var(--backward)" }), "backward step finished"))),
+    make("section", { class: "card", "aria-label": "pictures" },
+      make("h2", {}, "A picture goes through the network"),
+      part("thumbs", "div", { class: "thumbs" }),
+      make("p", {}, make("label", { class: "file" }, "Your own picture …",
+        make("input", { type: "file", accept: "image/*", onchange: ownPicture })))),
+    make("section", { class: "card", "aria-label": "cost" },
+      make("h2", {}, "Cost of each epoch"),
+      part("chart", "div"),
+      part("table", "p", { class: "soft" }))),
+    part("panel", "section", { class: "card", "aria-label": "the chosen neuron" }),
+  );
+  test.slice(0, 24).forEach((picture) => {
+    const canvas = make("canvas", { "aria-hidden": "true", style: "width: 40px; height: 40px" });
+    showPicture(canvas, picture.pixels, run.size);
+    picture.button = make("button", {
+      type: "button", "aria-label": `${picture.name}, ${run.classes[picture.label]}`,
+      "aria-pressed": "false", onclick: () => choosePicture(picture),
+    }, canvas);
+    at.thumbs.append(picture.button);
+  });
+
+  // Moments
+  function frames() { return view.state.frames.map((frame) => frame.epoch); }
+  async function go(epoch) {
+    const all = frames();
+    if (!all.length) return;
+    view.epoch = all.reduce((best, e) => (Math.abs(e - epoch) < Math.abs(best - epoch) ? e : best), all[0]);
+    at.slider.value = view.epoch;
+    at.epoch.textContent = `epoch ${view.epoch} of ${Math.max(view.epoch, ...all)}`;
+    at.slider.setAttribute("aria-valuetext", at.epoch.textContent);
+    view.network = await frameAt(view.epoch);
+    view.first = await frameAt(all[0]);
+    draw();
+  }
+  function move(by) {
+    const all = frames(), now = all.indexOf(view.epoch);
+    setFollow(false);
+    go(all[Math.max(0, Math.min(all.length - 1, now + by))]);
+  }
+  function slide() { setFollow(false); go(Number(at.slider.value)); }
+  function setFollow(on) { view.following = on; pressed(at.follow, on); }
+  function follow() { setFollow(!view.following); if (view.following) go(Math.max(0, ...frames())); }
+  function play() {
+    view.playing = !view.playing;
+    pressed(at.play, view.playing);
+    if (!view.playing) return;
+    setFollow(false);
+    const all = frames();
+    if (view.epoch === all.at(-1)) go(all[0]);
+    const tick = async () => {
+      if (!view.playing) return;
+      const list = frames(), now = list.indexOf(view.epoch);
+      if (now >= list.length - 1) { view.playing = false; pressed(at.play, false); return; }
+      await go(list[now + 1]);
+      setTimeout(tick, 120);
+    };
+    setTimeout(tick, 120);
+  }
+
+  // What was chosen
+  function choosePicture(picture) { view.picture = picture; draw(); }
+  async function ownPicture(event) {
+    const file = event.target.files[0];
+    if (!file) return;
+    try {
+      const bitmap = await createImageBitmap(file);
+      const edge = Math.min(bitmap.width, bitmap.height), canvas = make("canvas");
+      canvas.width = canvas.height = run.size;
+      canvas.getContext("2d").drawImage(bitmap, (bitmap.width - edge) / 2, (bitmap.height - edge) / 2, edge, edge, 0, 0, run.size, run.size);
+      const rgba = canvas.getContext("2d").getImageData(0, 0, run.size, run.size).data;
+      const pixels = Uint8Array.from({ length: inputs }, (_, i) => rgba[4 * Math.floor(i / 3) + (i % 3)]);
+      choosePicture({ name: file.name, label: null, pixels, input: prepare(pixels) });
+    } catch { at.news.textContent = `${file.name} is not a picture that this browser can read.`; }
+  }
+  function choose(layer, neuron) { view.chosen = { layer, neuron }; view.fork = null; draw(); }
+  function silence() {
+    const name = `${view.chosen.layer}/${view.chosen.neuron}`;
+    if (!view.silent.delete(name)) view.silent.add(name);
+    view.fork = null;
+    draw();
+  }
+
+  // The network as a drawing
+  function draw() {
+    if (!view.network) return;
+    const { A, Z } = forward(view.network, run.activations, view.picture.input, view.silent);
+    drawNetwork(A);
+    drawPanel(A, Z);
+    drawChart();
+    test.slice(0, 24).forEach((picture) => pressed(picture.button, picture === view.picture));
+    const p = A[layers][0], says = run.classes[p >= 0.5 ? 1 : 0];
+    const truth = view.picture.label === null ? "" : `, and it is ${run.classes[view.picture.label]}`;
+    at.answer.textContent = `${view.picture.name}: ${percent(p)} ${run.classes[1]}. The network says ${says}${truth}.`;
+  }
+  function place(layer, neuron) {
+    const n = Math.min(run.sizes[layer], SHOWN), x = 150 + (layer - 1) * (430 / Math.max(1, layers - 1));
+    return { x: layers === 1 ? 365 : x, y: 20 + (neuron + 0.5) * (340 / n) };
+  }
+  function finished(layer, neuron) {
+    let light = "";
+    for (const steps of view.state.steps ?? []) {
+      const has = (direction) => steps.some((step) => {
+        const [who, way, l, first] = step.split("/");
+        return who === "NeuronLambda" && (way === "network" || (way === direction && Number(l) === layer &&
+          (run.granularity === "layer" || Number(first) === neuron)));
+      });
+      if (has("backward")) return "backward";
+      if (has("forward")) light = "forward";
+    }
+    return light;
+  }
+  function drawNetwork(A) {
+    const focus = document.activeElement?.dataset?.node;
+    const svg = make("svg", { viewBox: "0 0 620 390", role: "group", "aria-label": "neurons, layer by layer" });
+    const canvas = make("canvas", { style: "width: 110px; height: 110px", role: "img", "aria-label": view.picture.name });
+    showPicture(canvas, view.picture.pixels, run.size);
+    for (let layer = 2; layer <= layers; layer++) {
+      const { W } = view.network[layer - 1], width = run.sizes[layer - 1];
+      let largest = 1e-9;
+      for (const w of W) largest = Math.max(largest, Math.abs(w));
+      for (let i = 0; i < Math.min(run.sizes[layer], SHOWN); i++) for (let j = 0; j < Math.min(width, SHOWN); j++) {
+        const w = W[i * width + j], mine = (layer === view.chosen.layer && i === view.chosen.neuron) ||
+          (layer - 1 === view.chosen.layer && j === view.chosen.neuron);
+        const from = place(layer - 1, j), to = place(layer, i);
+        svg.append(make("line", { class: "edge", x1: from.x, y1: from.y, x2: to.x, y2: to.y,
+          stroke: w > 0 ? "var(--for)" : "var(--against)", "stroke-width": 0.5 + 2.5 * Math.abs(w) / largest,
+          "stroke-opacity": mine ? 0.9 : 0.12 + 0.25 * Math.abs(w) / largest }));
+      }
+    }
+    for (let layer = 1; layer <= layers; layer++) {
+      const values = A[layer], largest = Math.max(1e-9, ...values.map(Math.abs));
+      const column = place(layer, 0).x;
+      svg.append(make("text", { x: column, y: 10, "text-anchor": "middle", class: "soft" }, `${run.activations[layer - 1]} · ${run.sizes[layer]}`));
+      for (let i = 0; i < Math.min(run.sizes[layer], SHOWN); i++) {
+        const { x, y } = place(layer, i), a = values[i], name = `${layer}/${i}`;
+        const centre = run.activations[layer - 1] === "sigmoid" ? a - 0.5 : a;
+        const scale = run.activations[layer - 1] === "sigmoid" ? 0.5 : largest;
+        const radius = Math.min(9, 100 / Math.min(run.sizes[layer], SHOWN) + 1);
+        const lit = finished(layer, i), chosen = view.chosen.layer === layer && view.chosen.neuron === i;
+        const node = make("g", {
+          class: `node ${lit} ${chosen ? "chosen" : ""} ${view.silent.has(name) ? "silent" : ""}`, role: "button",
+          tabindex: chosen ? 0 : -1, "data-node": name, "aria-pressed": String(chosen),
+          "aria-label": `neuron ${i} of layer ${layer}, activation ${digits(a)}${lit ? `, ${lit} step finished` : ""}${view.silent.has(name) ? ", silenced" : ""}`,
+          onclick: () => choose(layer, i), onkeydown: (event) => steer(event, layer, i),
+        },
+        make("circle", { class: "light", cx: x, cy: y, r: radius + 2 }),
+        make("circle", { cx: x, cy: y, r: radius, style: `fill: color-mix(in srgb, ${centre >= 0 ? "var(--for)" : "var(--against)"} ${Math.round(100 * Math.min(1, Math.abs(centre) / scale))}%, var(--card))` }),
+        make("title", {}, `neuron ${i} of layer ${layer}: a = ${digits(a)}`));
+        svg.append(node);
+      }
+      if (run.sizes[layer] > SHOWN) svg.append(make("text", { x: column, y: 385, "text-anchor": "middle", class: "soft" }, `${run.sizes[layer] - SHOWN} more`));
+    }
+    const sheet = make("div", { class: "sheet", style: "flex-wrap: nowrap; align-items: center" },
+      make("figure", {}, canvas, make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg);
+    at.drawing.replaceChildren(sheet);
+    if (focus) at.drawing.querySelector(`[data-node="${focus}"]`)?.focus();
+  }
+  function steer(event, layer, i) {
+    const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(layer, i); }
+    if (!moves[event.key]) return;
+    event.preventDefault();
+    const l = Math.max(1, Math.min(layers, layer + moves[event.key][0]));
+    const j = Math.max(0, Math.min(Math.min(run.sizes[l], SHOWN) - 1, i + moves[event.key][1]));
+    choose(l, j);
+    at.drawing.querySelector(`[data-node="${l}/${j}"]`)?.focus();
+  }
+
+  // One neuron
+  function testAnswers(silent) { return test.map((picture) => forward(view.network, run.activations, picture.input, silent).A[layers][0]); }
+  function testCost(answers) {
+    return answers.reduce((sum, p, i) => sum - Math.log(run.labels[i] ? p : 1 - p), 0) / answers.length;
+  }
+  let asked = 0;
+  function drawPanel(A, Z) {
+    const { layer, neuron } = view.chosen, width = run.sizes[layer - 1];
+    const { W, b } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
+    const before = A[layer - 1], z = Z[layer - 1][neuron], a = A[layer][neuron], silenced = view.silent.has(`${layer}/${neuron}`);
+    const content = [make("h2", {}, `Neuron ${neuron} of layer ${layer}`)];
+    if (layer === 1) {
+      const now = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "its weights as a picture" });
+      const change = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "the change of its weights since the first frame" });
+      weightPicture(now, row, run.size);
+      const first = view.first[0].W.subarray(neuron * width, (neuron + 1) * width);
+      weightPicture(change, row.map((w, i) => w - first[i]), run.size);
+      content.push(make("div", { class: "sheet" },
+        make("figure", {}, now, make("figcaption", {}, "weights: one for each colour of each pixel")),
+        make("figure", {}, change, make("figcaption", {}, "what the training has changed in them"))));
+    }
+    const order = Array.from(row.keys()).sort((i, j) => Math.abs(row[j] * before[j]) - Math.abs(row[i] * before[i])).slice(0, 6);
+    const rows = order.map((j) => make("tr", {}, ...[j, digits(row[j]), digits(before[j]), digits(row[j] * before[j])].map((x) => make("td", {}, String(x)))));
+    content.push(make("h3", {}, "Forward"),
+      make("p", {}, `z = Σ w·a + b = ${digits(z - b[neuron])} + ${digits(b[neuron])} = ${digits(z)}`),
+      make("p", {}, `a = ${run.activations[layer - 1]}(z) = ${digits(a)}${silenced ? ", silenced" : ""}`),
+      make("details", {}, make("summary", { class: "soft" }, `the largest of its ${width.toLocaleString("en")} terms`),
+        make("table", {}, make("thead", {}, make("tr", {}, ...["input", "w", "a before", "w · a"].map((x) => make("th", { scope: "col" }, x)))), make("tbody", {}, ...rows))));
+    if (view.state.state === "running") content.push(make("p", { class: "soft" },
+      `Its invocations in epoch ${view.state.epoch + 1}, which is under way: ${finished(layer, neuron) || "none"} finished.`));
+    const back = make("div", {}, make("p", { class: "soft" }, "…"));
+    content.push(make("h3", {}, "Backward"), back, whatIf(silenced));
+    at.panel.replaceChildren(...content);
+    drawBackward(back, layer, neuron, width);
+  }
+  async function drawBackward(back, layer, neuron, width) {
+    const mine = ++asked;
+    try {
+      const found = await source.json("neuron", { epoch: view.epoch, batch: 0, layer, neuron });
+      if (mine !== asked) return;
+      const dw = new Float32Array(Uint8Array.from(atob(found.dw), (c) => c.charCodeAt(0)).buffer);
+      const open = found.dz.filter((x) => x !== 0).length;
+      const one = found.dz.findIndex((x) => x !== 0), k = one < 0 ? 0 : one;
+      back.replaceChildren(
+        make("p", {}, `In mini-batch 0, ${found.images} images, cost ${digits(found.cost)}:`),
+        make("p", {}, `image ${k + 1}: da = ${digits(found.da[k])} → dz = da · g′(z) = ${digits(found.dz[k])}`),
+        make("p", {}, `its gradient reaches ${open} of ${found.images} images${open ? "" : ": for these the neuron is dead, it learns nothing"}; db = ${digits(found.db)}`));
+      if (layer === 1) {
+        const canvas = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "the gradient of its weights as a picture" });
+        weightPicture(canvas, dw, run.size);
+        back.append(make("figure", {}, canvas, make("figcaption", {}, "dw: how the cost changes with each weight")));
+      } else {
+        back.append(make("p", { class: "soft" }, `largest |dw| ${digits(dw.reduce((m, x) => Math.max(m, Math.abs(x)), 0))} of ${width}`));
+      }
+    } catch (error) { if (mine === asked) back.replaceChildren(make("p", { class: "soft" }, String(error.message))); }
+  }
+  function whatIf(silenced) {
+    const box = make("div", { class: "whatif" }, make("h3", {}, "What if?"),
+      make("button", { type: "button", "aria-pressed": String(silenced), onclick: silence }, silenced ? "Let it speak again" : "Silence this neuron"));
+    if (!view.silent.size) return box;
+    const plain = testAnswers(new Set()), answers = testAnswers(view.silent);
+    const flipped = test.filter((_, i) => plain[i] >= 0.5 !== answers[i] >= 0.5);
+    const thumbs = make("div", { class: "thumbs", "data-flipped": flipped.length });
+    flipped.slice(0, 12).forEach((picture) => {
+      const canvas = make("canvas", { style: "width: 40px; height: 40px", role: "img", "aria-label": picture.name });
+      showPicture(canvas, picture.pixels, run.size);
+      thumbs.append(canvas);
+    });
+    box.append(make("p", {}, `A thought experiment, which the run knows nothing of: with ${view.silent.size} silenced, the cost on the test pictures is ${digits(testCost(answers))} instead of ${digits(testCost(plain))}, and ${flipped.length} of ${test.length} answers change.`), thumbs,
+      make("button", { type: "button", onclick: trainOn }, "Train on from here, with and without"));
+    if (view.fork) box.append(make("p", { class: "soft" }, `After ${view.fork.with.costs.length} epochs: ${digits(view.fork.with.costs.at(-1))} without it, ${digits(view.fork.without.costs.at(-1))} with it.`));
+    return box;
+  }
+  async function trainOn() {
+    const changes = [...view.silent].map((name) => { const [layer, neuron] = name.split("/").map(Number); return { layer, neuron }; });
+    const asked = { epoch: view.epoch, epochs: 50 };
+    view.fork = { with: await source.fork({ ...asked, changes }), without: await source.fork({ ...asked, changes: [] }) };
+    draw();
+  }
+
+  // Cost
+  function drawChart() {
+    const costs = view.state.costs ?? [], measured = view.state.frames;
+    const values = [...costs, ...measured.map((frame) => frame.cost), ...(view.fork ? [...view.fork.with.costs, ...view.fork.without.costs] : [])].filter((x) => x > 0);
+    if (!values.length) return;
+    const low = Math.log(Math.min(...values)), high = Math.log(Math.max(...values)), last = Math.max(1, costs.length, view.fork ? view.fork.with.epoch + view.fork.with.costs.length : 0);
+    const X = (epoch) => 46 + 540 * (epoch / last), Y = (cost) => 12 + 168 * (1 - (Math.log(cost) - low) / (high - low || 1));
+    const line = (points, colour, dash = "") => make("polyline", { points: points.filter(([, c]) => c > 0).map(([e, c]) => `${X(e).toFixed(1)},${Y(c).toFixed(1)}`).join(" "), fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash });
+    const every = Math.max(1, Math.floor(costs.length / 400));
+    const svg = make("svg", { viewBox: "0 0 600 212", role: "img", "aria-label": `cost of ${costs.length} epochs, the newest ${digits(costs.at(-1))}` },
+      line(costs.map((cost, epoch) => [epoch + 1, cost]).filter((_, i) => i % every === 0), "var(--ink)"),
+      line(measured.map((frame) => [frame.epoch, frame.cost]), "var(--for)"),
+      make("line", { x1: X(view.epoch), x2: X(view.epoch), y1: 8, y2: 184, stroke: "var(--soft)", "stroke-dasharray": "3 3" }),
+      make("text", { x: 40, y: Y(Math.exp(high)) + 4, "text-anchor": "end" }, digits(Math.exp(high))),
+      make("text", { x: 40, y: Y(Math.exp(low)) + 4, "text-anchor": "end" }, digits(Math.exp(low))),
+      make("text", { x: 46, y: 202, class: "soft" }, "epoch 0"), make("text", { x: 586, y: 202, "text-anchor": "end", class: "soft" }, `epoch ${last}`));
+    if (view.fork) for (const [name, colour] of [["with", "var(--for)"], ["without", "var(--ink)"]]) {
+      const { epoch, costs: after } = view.fork[name];
+      svg.append(line(after.map((cost, i) => [epoch + i + 1, cost]), colour, "5 3"));
+    }
+    const now = measured.find((frame) => frame.epoch === view.epoch);
+    at.chart.replaceChildren(svg);
+    at.table.textContent = `black: training, orange: test pictures${view.fork ? ", dashed: trained on from here without the neuron (orange) and with it (black)" : ""}. ` +
+      (now ? `At epoch ${now.epoch} the cost on the test pictures is ${digits(now.cost)}, and ${percent(now.accuracy)} of them are answered rightly.` : "");
+  }
+
+  // News
+  const stop = source.events((state) => {
+    view.state = state;
+    const all = frames(), newest = Math.max(0, ...all);
+    at.slider.max = newest;
+    const total = Object.values(state.invocations ?? {}).reduce((sum, n) => sum + n, 0);
+    at.news.textContent = `${state.state[0].toUpperCase()}${state.state.slice(1)}, ${state.epoch + 1} of at most ${run.epochs} epochs` +
+      (total ? `, ${total.toLocaleString("en")} invocations, ${state.duplicates} duplicates` : "") + (state.reason ? `: ${state.reason}` : "") + ".";
+    element.dataset.state = state.state;
+    if (view.following || !view.network) go(newest);
+    else if (view.network) draw();
+  });
+  return stop;
+}
+
+// In a notebook (anywidget) and as a page
+export default {
+  render({ model, el }) {
+    const place = document.createElement("div");
+    el.append(place);
+    const mounted = mount(place, kernelSource(model));
+    return () => mounted.then((stop) => stop());
+  },
+};
+const page = typeof document !== "undefined" && document.querySelector("main#live");
+if (page) mount(page, httpSource()).catch((error) => { page.textContent = error.message; });
