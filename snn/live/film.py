@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Frame', 'Film']
 
-# %% ../../nbs/live/01_film.ipynb #27bf8184
+# %% ../../nbs/live/01_film.ipynb #91d3fc95
 from threading import Lock
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from ..maths.model import Model
 from ..maths.network import Layer, activations, cost
-from ..maths.sampling import standardise
 
 # %% ../../nbs/live/01_film.ipynb #1b18bc9d
 class Frame(NamedTuple):
@@ -28,20 +27,20 @@ class Frame(NamedTuple):
         "W1, b1, W2, b2, ... row by row, as little-endian float32."
         return b"".join(a.astype("<f4").tobytes() for layer in self.layers for a in layer)
 
-# %% ../../nbs/live/01_film.ipynb #6dbcee28
+# %% ../../nbs/live/01_film.ipynb #44694e3d
 class Film:
     "Frames of one training."
 
     def __init__(
         self,
-        model: Model,  # its parameters, classes and image size; the weights are not looked at
+        model: Model,  # all but its weights
         test_x: np.ndarray,  # (m, size, size, 3) uint8
         test_y: np.ndarray,  # (m,), 0 or 1
         most: int = 120,  # frames that are kept
     ):
         self.model, self.most, self.every, self.lock = model, most, 1, Lock()
         self.test_x, self.test_y, self.frames = test_x, test_y, {}
-        self._X = standardise(test_x).T
+        self._X = model.inputs(test_x)
 
     def wants(self, epoch: int) -> bool:
         "Would a frame of this epoch be kept?"

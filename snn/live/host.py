@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage_on', 'hosted']
 
-# %% ../../nbs/live/06_host.ipynb #8f43a306
+# %% ../../nbs/live/06_host.ipynb #63565cc6
 import socket
 import threading
 import time
@@ -17,11 +17,12 @@ from ..errors import InputError
 from .film import Film
 from .page import Stage, create
 from .watching import Watcher, look_at_run
+from ..maths.augment import training_mean
 from ..maths.model import Model
 from ..maths.parameters import Parameters
 from ..maths.sampling import split
 
-# %% ../../nbs/live/06_host.ipynb #342fd7cd
+# %% ../../nbs/live/06_host.ipynb #aaf3a9ef
 def stage_on(
     run: str,
     services,  # `Services` of the watcher alone
@@ -30,11 +31,13 @@ def stage_on(
 ) -> Stage:
     "A run on a parameter server, on show."
     kept, _ = split(len(datasets.train_x), parameters.validation_fraction, parameters.seed)
-    model = Model(parameters, [], datasets.classes, datasets.size)
+    X, Y = datasets.train_x[kept], datasets.train_y[kept]
+    mean = training_mean(parameters, X.reshape(len(X), -1))
+    model = Model(parameters, [], datasets.classes, datasets.size, mean=mean)
     watcher = Watcher(
         Film(model, datasets.test_x, datasets.test_y), look_at_run(run, services)
     )
-    return Stage(watcher, run, datasets.train_x[kept], datasets.train_y[kept])
+    return Stage(watcher, run, X, Y)
 
 # %% ../../nbs/live/06_host.ipynb #1eaf4dc2
 @contextmanager

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['neuron_at']
 
-# %% ../../nbs/live/03_neuron.ipynb #74850ca7
+# %% ../../nbs/live/03_neuron.ipynb #1d86b34f
 import base64
 
 import numpy as np
 
 from .film import Frame
-from ..maths.network import activations, cost, cost_gradient
-from ..maths.neuron import backward, input_gradient
+from ..maths.augment import masked, prepare
+from ..maths.network import activations, cost, epoch_batches
+from ..maths.neuron import backward
 from ..maths.parameters import Parameters
-from ..maths.sampling import mini_batches
+from ..replay.compute import output_gradient
 
-# %% ../../nbs/live/03_neuron.ipynb #45cfb9e7
+# %% ../../nbs/live/03_neuron.ipynb #7f3d0a26
 def _rounded(values: np.ndarray) -> list[float]:
     "Six digits, as numbers that JSON can hold."
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
@@ -25,36 +26,35 @@ def _rounded(values: np.ndarray) -> list[float]:
 def neuron_at(
     parameters: Parameters,
     frame: Frame,
-    X: np.ndarray,  # images as rows, (m, n_inputs)
+    X: np.ndarray,  # images as rows, (m, n_inputs); uint8, or standardised already
     Y: np.ndarray,  # labels, (m,)
     batch: int,  # number of the mini-batch, from 0
     layer: int,  # from 1
     neuron: int,  # from 0
 ) -> dict:
     "The numbers of a neuron in a mini-batch; raises `LookupError` if there is no such neuron."
-    batches = mini_batches(len(X), parameters.batch_size, parameters.seed, frame.epoch)
+    X, mean = prepare(parameters, X)
+    batches = list(epoch_batches(parameters, X, Y, frame.epoch, mean))
     if not 1 <= layer <= parameters.layers or not 0 <= neuron < parameters.sizes[layer - 1]:
         raise LookupError(f"there is no neuron {neuron} in a layer {layer}")
     if not 0 <= batch < len(batches):
         raise LookupError(f"there is no mini-batch {batch}; there are {len(batches)}")
-    chosen = batches[batch]
+    seen = batches[batch]
     layers = [(W.astype(np.float64), b.astype(np.float64)) for W, b in frame.layers]
-    A = activations(parameters, layers, X[chosen].T)
-    dA = cost_gradient(A[-1], Y[None, chosen])
-    for l in range(parameters.layers, layer, -1):
-        dZ, *_ = backward(dA, A[l], A[l - 1], parameters.activation(l))
-        dA = input_gradient(layers[l - 1][0], dZ)
+    A = activations(parameters, layers, seen.X, seen.masks)
+    A_prev = masked(A[layer - 1], seen.masks.get(layer - 1))
+    dA = output_gradient(parameters, layers, A, seen, layer)
     W, b = layers[layer - 1]
     row = slice(neuron, neuron + 1)
     kind = parameters.activation(layer)
-    dz, dw, db = backward(dA[row], A[layer][row], A[layer - 1], kind)
-    z = W[row] @ A[layer - 1] + b[row]
+    dz, dw, db = backward(dA[row], A[layer][row], A_prev, kind)
+    z = W[row] @ A_prev + b[row]
     return {
         "epoch": frame.epoch,
         "batch": batch,
-        "images": len(chosen),
-        "cost": cost(A[-1], Y[None, chosen]),
-        "labels": Y[chosen].tolist(),
+        "images": seen.Y.size,
+        "cost": cost(A[-1], seen.Y),
+        "labels": seen.Y[0].tolist(),
         "z": _rounded(z[0]),
         "a": _rounded(A[layer][neuron]),
         "da": _rounded(dA[neuron]),

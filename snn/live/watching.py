@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights_now', 'steps_now', 'Watcher', 'look_at_run', 'walk_again']
 
-# %% ../../nbs/live/02_watching.ipynb #364aa2db
+# %% ../../nbs/live/02_watching.ipynb #e616474e
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from ..cloud.runs import Status
 from ..cloud.services import Services
 from ..cloud.store import Incomplete, decode
 from .film import Film
+from ..maths.augment import prepare
 from ..maths.network import Layer, initialise, train_epoch
 from ..replay.record import Record
 
@@ -121,14 +122,15 @@ def look_at_run(
 
     return look
 
-# %% ../../nbs/live/02_watching.ipynb #eadc2da0
+# %% ../../nbs/live/02_watching.ipynb #4d275086
 def walk_again(
     record: Record,
-    X: np.ndarray,  # images as rows, (m, n_inputs)
+    X: np.ndarray,  # images as rows, (m, n_inputs), uint8
     Y: np.ndarray,  # labels, (m,)
 ) -> Callable[[Watcher], bool]:
     "A look at the next moment of a run that has ended."
     parameters, costs = record.plan.parameters, []
+    X, mean = prepare(parameters, X)
     state = {"layers": initialise(parameters, X.shape[1])}
 
     def look(watcher: Watcher) -> bool:
@@ -136,7 +138,9 @@ def walk_again(
         while len(costs) < record.epochs and time.monotonic() < until:
             if watcher.film.wants(len(costs)):
                 watcher.film.add(len(costs), state["layers"])
-            price, state["layers"] = train_epoch(parameters, state["layers"], X, Y, len(costs))
+            price, state["layers"] = train_epoch(
+                parameters, state["layers"], X, Y, len(costs), mean
+            )
             costs.append(price)
         ended = len(costs) == record.epochs
         if ended:

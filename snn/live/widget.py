@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['stage_of', 'reply', 'Live']
 
-# %% ../../nbs/live/05_widget.ipynb #3d75da23
+# %% ../../nbs/live/05_widget.ipynb #546ce1ac
 from pathlib import Path
 
 import msgspec
 
 from ..data.h5 import Datasets
 from .film import Film
-from .page import STATIC, Stage, answer, fork
+from .page import MOST, STATIC, Fork, Stage, answer, fork
 from .watching import Watcher, walk_again
+from ..maths.augment import training_mean
 from ..maths.model import Model
 from ..replay.record import find_record, training_part
 
-# %% ../../nbs/live/05_widget.ipynb #f9cd096e
+# %% ../../nbs/live/05_widget.ipynb #b32a97b7
 def stage_of(
     run: str | Path,  # name of a run that has ended, its folder, or its run.json
     datasets: Datasets,  # that it was trained on
@@ -27,13 +28,13 @@ def stage_of(
     record = find_record(str(run), Path(out))
     X, Y = training_part(record, datasets)
     plan = record.plan
-    film = Film(
-        Model(plan.parameters, [], plan.classes, plan.size), datasets.test_x, datasets.test_y
-    )
+    mean = training_mean(plan.parameters, X)
+    model = Model(plan.parameters, [], plan.classes, plan.size, mean=mean)
+    film = Film(model, datasets.test_x, datasets.test_y)
     watcher = Watcher(film, walk_again(record, X, Y), pause=0.01)
     return Stage(watcher, plan.name, X, Y)
 
-# %% ../../nbs/live/05_widget.ipynb #bed7fb24
+# %% ../../nbs/live/05_widget.ipynb #6a3840d3
 def reply(
     stage: Stage,
     content: dict,  # path and query, as the page's module sends them
@@ -42,10 +43,11 @@ def reply(
     try:
         query = content.get("query", {})
         if content["path"] == "fork":
-            found = fork(stage, query["epoch"], query["changes"], min(query["epochs"], 500))
+            asked = msgspec.convert(query, Fork)
+            found = fork(stage, asked.epoch, asked.changes, min(asked.epochs, MOST))
         else:
             found = answer(stage, content["path"], lambda name: int(query[name]))
-    except (KeyError, LookupError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         return {"id": content.get("id"), "error": str(error)}, []
     if isinstance(found, bytes):
         return {"id": content["id"]}, [found]

@@ -1,0 +1,145 @@
+"""A run on show: what the page is given is what the run has, and the run is not disturbed."""
+
+import base64
+
+import h5py
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from snn.cloud.services import Services
+from snn.data import h5 as data
+from snn.live.host import stage_on
+from snn.live.page import create
+from snn.live.widget import reply, stage_of
+from snn.local import training
+from snn.replay.compute import replay_on
+from snn.replay.record import read_record, training_part
+
+DRAWN = dict(
+    augment={"flip": True, "shift": 2},
+    dropout={"inputs": 0.2, "hidden": 0.1},
+    standardise="mean",
+    aggregation="mean",
+    optimizer={"name": "adam"},
+    learning_rate=0.01,
+)
+
+
+def arrays(path) -> dict[str, bytes]:
+    with h5py.File(path) as file:
+        return {name: file[name][()].tobytes() for name in file}
+
+
+@pytest.fixture(scope="module")
+def watched(parameters, small_data, tmp_path_factory):
+    "A training that was watched, and one that was not."
+    chosen = parameters((5, 3, 1), epochs=12, granularity="neuron", **DRAWN)
+    folder, stages = tmp_path_factory.mktemp("watched"), []
+
+    def begun(cloud, run):
+        services = Services(cloud.workers.environment)
+        stages.append(stage_on(run, services, chosen, data.read(small_data)))
+
+    def report(progress):
+        if progress.status.state != "running":
+            stages[0].watcher.thread.join(60)
+
+    training.train(chosen, small_data, folder / "watched", report, begun=begun)
+    training.train(chosen, small_data, folder / "alone")
+    return stages[0], folder
+
+
+@pytest.fixture(scope="module")
+def ended(watched, small_data):
+    "The same run, looked at when it has ended."
+    stage = stage_of(watched[1] / "watched", data.read(small_data))
+    stage.watcher.thread.join(60)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def browser(ended):
+    return TestClient(create(ended))
+
+
+def test_a_watched_training_has_the_same_bytes(watched):
+    _, folder = watched
+    assert arrays(folder / "watched" / "params.h5") == arrays(folder / "alone" / "params.h5")
+
+
+def test_the_last_frame_is_the_model(watched):
+    stage, folder = watched
+    assert stage.watcher.state["state"] == "finished"
+    last = stage.film.nearest(10**9)
+    assert last.epoch == 12
+    with h5py.File(folder / "watched" / "params.h5") as file:
+        for l, (W, b) in enumerate(last.layers, start=1):
+            np.testing.assert_allclose(W, file[f"W{l}"][()], rtol=1e-6)
+            np.testing.assert_allclose(b, file[f"b{l}"][()], rtol=1e-6, atol=1e-12)
+
+
+def test_a_run_that_has_ended_is_computed_again_as_it_was(watched, ended):
+    record = read_record(watched[1] / "watched")
+    np.testing.assert_allclose(ended.watcher.state["costs"], record.costs, rtol=1e-9)
+    assert [frame.epoch for frame in ended.film.all()] == list(range(13))
+
+
+@pytest.mark.parametrize("layer, neuron", [(1, 2), (2, 0), (3, 0)])
+def test_the_numbers_of_a_neuron_are_those_of_its_replay(
+    layer, neuron, watched, browser, ended, small_data
+):
+    record = read_record(watched[1] / "watched")
+    part = training_part(record, data.read(small_data))
+    expected = replay_on(record, *part, 7, 1, layer, neuron, "backward")
+    query = {"token": ended.token, "epoch": 7, "batch": 1, "layer": layer, "neuron": neuron}
+    found = browser.get("/neuron", params=query).json()
+    for name in ("z", "a", "da", "dz"):
+        np.testing.assert_allclose(found[name], getattr(expected, name), rtol=1e-3, atol=1e-6)
+    dw = np.frombuffer(base64.b64decode(found["dw"]), "<f4")
+    np.testing.assert_allclose(dw, expected.dw, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["run", "state", "pictures", "frame", "neuron", "events"])
+def test_without_the_token_nothing_is_told(path, browser):
+    assert browser.get(f"/{path}").status_code == 403
+    assert browser.get(f"/{path}", params={"token": "x"}).status_code == 403
+    assert browser.post("/fork", content=b"{}").status_code == 403
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b"not JSON",
+        b"{}",
+        b'{"epoch": 99, "epochs": 5, "changes": []}',
+        b'{"epoch": 0, "epochs": 100000, "changes": []}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 9, "neuron": 0}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 1, "neuron": 0, "weight": -1}]}',
+    ],
+)
+def test_a_wrong_thought_experiment_is_refused(asked, browser, ended):
+    answer = browser.post("/fork", params={"token": ended.token}, content=asked)
+    assert answer.status_code == 400 and len(answer.text.splitlines()) == 1
+
+
+def test_the_kernel_answers_as_the_server_does(browser, ended):
+    query = {"epoch": 3}
+    told, buffers = reply(ended, {"id": 7, "path": "frame", "query": query})
+    assert told == {"id": 7}
+    assert buffers[0] == browser.get("/frame", params={**query, "token": ended.token}).content
+    told, _ = reply(ended, {"id": 8, "path": "run"})
+    assert told["value"] == browser.get("/run", params={"token": ended.token}).json()
+    assert "error" in reply(ended, {"id": 9, "path": "../etc/passwd"})[0]
+
+
+def test_a_film_of_a_long_run_stays_small(ended, parameters):
+    from snn.live.film import Film
+
+    film = Film(ended.film.model, ended.film.test_x, ended.film.test_y, most=20)
+    layers = ended.film.nearest(0).layers
+    for epoch in range(1000):
+        film.add(epoch, layers)
+    epochs = [frame.epoch for frame in film.all()]
+    assert 10 <= len(epochs) <= 20 and epochs[0] == 0
+    assert len({b - a for a, b in zip(epochs, epochs[1:])}) == 1  # evenly
