@@ -1,8 +1,14 @@
 """A run on show: what the page is given is what the run has, and the run is not disturbed."""
 
 import base64
+import json
+import signal
+import subprocess
+import sys
+from urllib.request import urlopen
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
@@ -143,3 +149,28 @@ def test_a_film_of_a_long_run_stays_small(ended, parameters):
     epochs = [frame.epoch for frame in film.all()]
     assert 10 <= len(epochs) <= 20 and epochs[0] == 0
     assert len({b - a for a, b in zip(epochs, epochs[1:])}) == 1  # evenly
+
+
+def test_training_live_shows_the_run_and_ends_with_ctrl_c(small_data, parameters, tmp_path):
+    chosen = tmp_path / "parameters.json"
+    chosen.write_bytes(msgspec.json.encode(parameters((5, 3, 1), epochs=4)))
+    command = [sys.executable, "-P", "-c", "from snn.cli.main import main; main()", "train"]
+    options = [
+        "--live",
+        "--data",
+        small_data,
+        "--parameters",
+        chosen,
+        "--out",
+        tmp_path / "out",
+    ]
+    with subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        line = next(line for line in program.stdout if line.startswith("The page is at "))
+        with urlopen(line.split()[-1].replace("/?", "/state?")) as answer:
+            state = json.load(answer)
+        program.send_signal(signal.SIGINT)
+        assert program.wait(60) == 130
+    assert state["state"] == "finished" and len(state["costs"]) == 4
+    assert [frame["epoch"] for frame in state["frames"]][-1] == 4
