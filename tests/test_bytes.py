@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from snn.data import h5 as data
-from snn.handlers.inputs import forget
+from snn.handlers.invocation import forget
 from snn.lab.faults import SMALL, Schedule, run_in_lab, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import network, sampling

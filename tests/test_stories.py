@@ -19,13 +19,12 @@ import pytest
 from PIL import Image
 
 from snn.cloud.bucket import Bucket, Upload
-from snn.cloud.messages import Message, invocations_per_epoch
+from snn.cloud.messages import Message
 from snn.cloud.services import Services
 from snn.cloud.store import decode
 from snn.data import h5 as data
 from snn.errors import InputError
-from snn.handlers import launch, trainer
-from snn.handlers import neuron as neuron_lambda
+from snn.handlers.protocol import handle, invocations_per_epoch
 from snn.handlers.upload import start
 from snn.local.pipeline import (
     NotebookFailed,
@@ -370,11 +369,6 @@ def cloud_in_hand(monkeypatch):
 
 def run_until(services: Services, wanted) -> None:
     "Run messages one after the other until one is as wanted, which is not run."
-    handlers = {
-        "LaunchLambda": launch.handle,
-        "TrainerLambda": trainer.handle,
-        "NeuronLambda": neuron_lambda.handle,
-    }
     waiting = []
     while True:
         waiting += [
@@ -384,7 +378,7 @@ def run_until(services: Services, wanted) -> None:
         message = waiting.pop(0)
         if wanted(message):
             return
-        handlers[message.function](message, services)
+        handle(message, services)
         services.store.flush()
 
 

@@ -7,16 +7,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from snn.cloud.messages import (
-    ALL,
-    after_epoch,
-    after_layer,
-    epoch_messages,
-    invocations_per_epoch,
-    trainer_messages,
-)
+from snn.cloud.messages import ALL
 from snn.cloud.store import decode
 from snn.data import h5 as data
+from snn.handlers.protocol import (
+    after_epoch,
+    epoch_messages,
+    invocations_per_epoch,
+    stages,
+)
 from snn.local.cloud import LocalCloud
 from snn.maths import network, sampling
 
@@ -320,15 +319,9 @@ def test_the_servers_memory_does_not_grow_with_epochs(
 
 def messages_of_epoch(plan, epoch: int) -> list:
     "Every message of an epoch, as the functions send them one after another."
-    waiting, found = epoch_messages(plan, epoch, "", 0), []
-    while waiting:
-        message = waiting.pop()
-        found.append(message)
-        if message.function == "TrainerLambda":
-            waiting += trainer_messages(plan, message)
-        elif message.first + 1 == plan.parameters.sizes[message.layer - 1]:
-            waiting.append(after_layer(message))
-    return [*found, after_epoch(found[0])]
+    starts = epoch_messages(plan, epoch, "", 0)
+    found = [m for start in starts for stage in stages(plan, start) for m in stage]
+    return [*found, *after_epoch(plan, found[0])]
 
 
 @pytest.fixture(scope="module", params=["small", "real"])

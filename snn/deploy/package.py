@@ -27,7 +27,7 @@ from ..errors import InputError
 
 # %% ../../nbs/deploy/02_package.ipynb #e0138aa9
 HANDLERS = {
-    "training": ["snn.handlers.trainer", "snn.handlers.neuron"],
+    "training": ["snn.handlers.protocol"],
     "launch": ["snn.handlers.launch", "snn.deploy.gate"],
 }
 LIMITS = {"training": 16 * 10**6, "launch": 25 * 10**6}  # bytes
@@ -42,7 +42,7 @@ def _path(module: str) -> Path | None:
 
 
 def imports(
-    module: str,  # as snn.handlers.neuron
+    module: str,  # as snn.handlers.protocol
     source: str,  # of the module
 ) -> set[str]:
     "Our modules that a module imports, wherever in it."

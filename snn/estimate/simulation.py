@@ -20,17 +20,13 @@ from snn.cloud.messages import (
     ALL,
     Message,
     Plan,
-    after_epoch,
-    after_layer,
-    epoch_messages,
-    invocations_per_epoch,
-    trainer_messages,
 )
 from ..cloud.prices import Book
 from ..cloud.residents import seat_counts
 from ..cloud.store import MASTER
 from ..errors import InputError
 from .work import bytes_of, images_in, inputs_of, step_of
+from ..handlers import protocol
 
 # %% ../../nbs/estimate/02_simulation.ipynb #07b40af8
 FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
@@ -448,7 +444,7 @@ class World(Pools):
 
     def run(self) -> Outcome:
         "Play the run."
-        first = epoch_messages(self.plan, 0, "", 1)
+        first = protocol.epoch_messages(self.plan, 0, "", 1)
         {
             "invoke": self.begin_functions,
             "queue": self.begin_workers,
@@ -597,6 +593,10 @@ class World(Pools):
         if sent:
             yield from self.send(host, sent)
 
+    def following(self, message: Message) -> list[Message]:
+        "What a step sends, or what its barrier does."
+        return protocol.step_of(message).then(self.plan, message)
+
     def neuron(self, host: Host, message: Message) -> Iterator:
         "NeuronLambda."
         whole = message.direction == "network"
@@ -624,7 +624,7 @@ class World(Pools):
                 (message.epoch, message.batch, message.direction, message.layer),
                 members,
                 up,
-                after_layer(message),
+                *self.following(message),
             )
         if whole:
             host.pending += 1
@@ -660,7 +660,8 @@ class World(Pools):
             learn = (yield from self.leads(host, message)) if asks else message.learn
             host.pending += self.size(message, step.left)
             yield from self.flush(host)
-            yield from self.send(host, trainer_messages(self.plan, message, learn))
+            message = msgspec.structs.replace(message, learn=learn)
+            yield from self.send(host, self.following(message))
         host.pending += 1
         yield from self.record(host)
         yield from self.flush(host)
@@ -669,7 +670,7 @@ class World(Pools):
         "The epoch's barrier."
         yield from self.record(host, cost=True)
         yield from self.join(
-            host, (message.epoch, ALL), self.plan.batches, up, after_epoch(message)
+            host, (message.epoch, ALL), self.plan.batches, up, *self.following(message)
         )
 
     def flush(self, host: Host) -> Iterator:
@@ -697,7 +698,7 @@ class World(Pools):
             self.done.succeed()
             return
         yield from self.send(
-            host, epoch_messages(self.plan, message.epoch + 1, source, message.hop + 1)
+            host, self.following(msgspec.structs.replace(message, source=source))
         )
         host.pending += 1
         yield from self.record(host)
@@ -772,7 +773,7 @@ def enough_epochs(
     messages: int = 1000,  # that are to be simulated, about
 ) -> int:
     "How many epochs to simulate."
-    return max(3, min(100, messages // invocations_per_epoch(plan)))
+    return max(3, min(100, messages // protocol.invocations_per_epoch(plan)))
 
 
 def simulate(

@@ -13,17 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from msgspec import Struct, field
 
-from snn.cloud.messages import (
-    Message,
-    Plan,
-    after_epoch,
-    after_layer,
-    blocks,
-    epoch_messages,
-    trainer_messages,
-)
+from ..cloud.messages import Message, Plan, blocks
 from ..cloud.store import size_of
-from ..handlers import neuron, trainer
+from ..handlers import protocol
+from ..handlers.protocol import after_epoch, epoch_messages, stages
 from ..maths.network import MOMENTS
 
 # %% ../../nbs/estimate/01_work.ipynb #b6a4f9cb
@@ -110,36 +103,41 @@ def _after_step(
     return [], [f"w{l}/{first}" for l, first in where] if message.learn else []
 
 # %% ../../nbs/estimate/01_work.ipynb #7b5f7a6a
+def _reads(plan: Plan, message: Message) -> list[str]:
+    "As the table of the protocol says."
+    return protocol.step_of(message).reads(plan, message)
+
+
 def _neuron_step(plan: Plan, message: Message) -> Step:
-    layer, first = message.layer, message.first
+    layer, first, reads = message.layer, message.first, _reads(plan, message)
     if message.direction == "network":
         slopes, kept = _after_step(plan, message, _every_block(plan))
         return Step(
-            neuron.needs(message),
+            reads,
             ["cost", *slopes, f"cost/{message.batch}"],
             _every_block(plan),
             kept,
             1,
         )
     if message.direction == "forward":
-        return Step(neuron.needs(message), [f"a{layer}/{first}"], [(layer, first)], [])
+        return Step(reads, [f"a{layer}/{first}"], [(layer, first)], [])
     slopes, kept = _after_step(plan, message, [(layer, first)])
-    return Step(neuron.needs(message), [f"dz{layer}/{first}", *slopes], [(layer, first)], kept)
+    return Step(reads, [f"dz{layer}/{first}", *slopes], [(layer, first)], kept)
 
 
 def _trainer_step(plan: Plan, message: Message) -> Step:
-    layer, needs = message.layer, trainer.needs(plan, message)
+    layer, reads = message.layer, _reads(plan, message)
     if message.direction == "start":
-        return Step(needs, [], [], [])
+        return Step(reads, [], [], [])
     if message.direction == "forward":
         last = ["cost", f"dA{layer}"] if layer == plan.parameters.layers else []
-        return Step(needs, [f"A{layer}", *last], [], [])
+        return Step(reads, [f"A{layer}", *last], [], [])
     if layer == 1:
-        return Step(needs, [f"cost/{message.batch}"], [], [], 1)
+        return Step(reads, [f"cost/{message.batch}"], [], [], 1)
     return Step(
-        needs,
+        reads,
         [f"dA{layer - 1}"],
-        [block[:2] for block in trainer.needed_blocks(plan, message)],
+        [block[:2] for block in protocol.step_of(message).weights(plan, message)],
         [],
     )
 
@@ -149,7 +147,7 @@ def _launch_step(plan: Plan, message: Message) -> Step:
         return Step([], [], [], [])
     mean = _every_block(plan) if plan.parameters.aggregation == "mean" else []
     return Step(
-        [f"cost/{batch}" for batch in range(plan.batches)]
+        _reads(plan, message)
         + [f"g{l}/{first}" for _ in range(plan.batches) for l, first in mean],
         [],
         mean,
@@ -177,12 +175,8 @@ def batch_messages(
     start: Message,  # that begins the mini-batch, from `epoch_messages`
 ) -> Iterator[Message]:
     "All messages of a mini-batch."
-    message = start
-    while message:
-        yield message
-        asked = trainer_messages(plan, message)
-        yield from asked
-        message = after_layer(asked[0]) if asked else None
+    for stage in stages(plan, start):
+        yield from stage
 
 # %% ../../nbs/estimate/01_work.ipynb #6697d468
 class Work(Struct):
@@ -237,7 +231,7 @@ def _count(plan: Plan, messages: list[Message], sent: bool = True) -> Work:
 def epoch_work(plan: Plan) -> Work:
     "What an epoch does, from its mini-batches' beginning to the LaunchLambda that ends it."
     starts = epoch_messages(plan, 0, "", 0)
-    work = _count(plan, [after_epoch(starts[0])])
+    work = _count(plan, after_epoch(plan, starts[0]))
     alike: dict[int, list[Message]] = {}
     for start in starts:
         alike.setdefault(images_in(plan, start.batch), []).append(start)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLLOW', 'EVERY', 'ORDERS', 'follow_best', 'follow_mean', 'read_meter', 'note_meter', 'validate', 'over_limit',
-           'why_end', 'results', 'trained_model', 'model_file', 'leave_results', 'go_on', 'handle', 'mail_if_due',
-           'undelivered', 'end', 'failures', 'handle_failure', 'stop_run', 'resume_run', 'handle_order',
+           'why_end', 'results', 'trained_model', 'model_file', 'leave_results', 'standing', 'mail_if_due',
+           'undelivered', 'end', 'end_epoch', 'failures', 'handle_failure', 'stop_run', 'resume_run', 'handle_order',
            'lambda_handler']
 
 # %% ../../nbs/handlers/06_launch.ipynb #f5837e2c
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..cloud.bucket import unwrapped, uploads
 from ..cloud.deadline import in_time
-from ..cloud.messages import Message, Plan, epoch_messages
+from ..cloud.messages import Message, Plan
 from ..cloud.meter import Reading, reading, uploaded_at
 from ..cloud.prices import nearest
 from ..cloud.runs import Status
@@ -31,18 +31,18 @@ from ..data import h5 as data
 from ..data import models
 from ..errors import InputError
 from . import checkpoint, watch
-from snn.handlers.inputs import (
-    Diverged,
-    begin,
-    end_early,
+from .ending import end_early, give_up
+from snn.handlers.invocation import (
+    Arrays,
+    Invocation,
     finite,
-    give_up,
     network_at,
     network_blocks,
     subtracted,
     training_data,
     weights,
 )
+from .protocol import handle
 from .stay import resident
 from .upload import NAME, handle_uploads, held_key, put_in_place
 from ..maths import model, sampling
@@ -50,14 +50,12 @@ from ..maths.network import activations, best_batch, cost, mean_of, reached, ste
 
 # %% ../../nbs/handlers/06_launch.ipynb #72b96615
 def follow_best(
-    plan: Plan,
-    message: Message,
-    services: Services,
-    costs: list[float],
+    call: Invocation,
+    costs: list[float],  # of the mini-batches
 ) -> tuple[float, str]:  # the epoch's cost, and the source of the next weights
     "The mini-batch with the lowest cost leads."
     best = best_batch(costs)
-    return costs[best], f"{message.epoch}/{best}"
+    return costs[best], f"{call.message.epoch}/{best}"
 
 # %% ../../nbs/handlers/06_launch.ipynb #1c177b69
 def _sizes(plan: Plan) -> list[int]:
@@ -66,45 +64,37 @@ def _sizes(plan: Plan) -> list[int]:
     return [min(size, plan.images - i) for i in range(0, plan.images, size)]
 
 
-def _mean_gradient(plan: Plan, message: Message, services: Services) -> np.ndarray:
+def _mean_gradient(call: Invocation) -> np.ndarray:
     "dW and db of all blocks in one row, averaged over the mini-batches: a request for each, and one at a time in memory."
+    plan, read = call.plan, call.services.store.read
     names = [f"g{layer}/{first}" for layer, first, _ in network_blocks(plan)]
     row = lambda values: np.concatenate(
         [array.ravel() for value in values for array in decode(value)]
     )
-    return mean_of(
-        (
-            row(services.store.read(plan.run, batch, message.epoch, names))
-            for batch in range(plan.batches)
-        ),
-        _sizes(plan),
+    gradients = (
+        row(read(plan.run, batch, call.message.epoch, names)) for batch in range(plan.batches)
     )
+    return mean_of(gradients, _sizes(plan))
 
 
 def follow_mean(
-    plan: Plan,
-    message: Message,
-    services: Services,
-    costs: list[float],
+    call: Invocation,
+    costs: list[float],  # of the mini-batches
 ) -> tuple[float, str]:  # the epoch's cost, and the source of the next weights
     "Step once, along the mean of all gradients."
-    known, mean = (
-        weights(plan, message, services, network_blocks(plan)),
-        _mean_gradient(plan, message, services),
-    )
+    message, blocks = call.message, network_blocks(call.plan)
+    known, mean = weights(call, blocks), _mean_gradient(call)
     shapes = [array.shape for layer in known for array in layer[:2]]
-    slopes = [
-        part.reshape(shape)
-        for part, shape in zip(np.split(mean, np.cumsum([n * m for n, m in shapes])), shapes)
-    ]
+    parts = np.split(mean, np.cumsum([n * m for n, m in shapes]))
+    gradients = [part.reshape(shape) for part, shape in zip(parts, shapes)]
     values = {
-        f"w{layer}/{first}": encode(*step(plan.parameters, old, dW, db, message.epoch))
+        f"w{layer}/{first}": encode(*step(call.parameters, old, dW, db, message.epoch))
         for (layer, first, _), old, dW, db in zip(
-            network_blocks(plan), known, slopes[0::2], slopes[1::2]
+            blocks, known, gradients[0::2], gradients[1::2]
         )
     }
-    services.store.put(msgspec.structs.replace(message, batch=MASTER), values)
-    return mean_of(costs, _sizes(plan)), f"{message.epoch}/{MASTER}"
+    call.services.store.put(msgspec.structs.replace(message, batch=MASTER), values)
+    return mean_of(costs, _sizes(call.plan)), f"{message.epoch}/{MASTER}"
 
 
 FOLLOW = {"best": follow_best, "mean": follow_mean}
@@ -115,59 +105,47 @@ _read: dict[str, float] = {}  # when this process last read the meter of a run
 
 
 def read_meter(
-    plan: Plan,
-    message: Message,  # of this invocation
+    call: Invocation,
     status: Status,
-    services: Services,
     ended: bool = False,
 ) -> Reading:
     "What the run has used and cost, this invocation included."
-    counts, used = (
-        services.ledger.counts(plan),
-        msgspec.structs.asdict(services.store.meter.used),
-    )
-    mine = counts["LaunchLambda"]
-    own = {name: getattr(mine, name) + number for name, number in used.items()}
-    begun = mine.attempts + (message.id in services.store.uncounted)
-    counts["LaunchLambda"] = mine._replace(**own, attempts=begun, finished=mine.finished + 1)
-    return reading(
-        plan,
-        counts,
-        status,
-        time.time(),
-        nearest(services.environment.get("AWS_REGION", "")),
-        ended,
-    )
+    services = call.services
+    counts = services.ledger.counts(call.plan)
+    used = msgspec.structs.asdict(services.store.meter.used)
+    before = counts["LaunchLambda"]
+    own = {name: getattr(before, name) + number for name, number in used.items()}
+    begun = before.attempts + (call.message.id in services.store.uncounted)
+    finished = before.finished + 1
+    counts["LaunchLambda"] = before._replace(**own, attempts=begun, finished=finished)
+    book = nearest(services.environment.get("AWS_REGION", ""))
+    return reading(call.plan, counts, status, time.time(), book, ended)
 
 
 def note_meter(
-    plan: Plan,
-    message: Message,
+    call: Invocation,
     status: Status,  # is brought up to date
-    services: Services,
 ) -> None:
     "Say what the run has cost, if it is time to; where `max_cost` is set, with what its end will cost."
-    now = time.monotonic()
-    if not plan.parameters.max_cost and now - _read.get(plan.run, -EVERY) < EVERY:
+    now, run, limited = time.monotonic(), call.plan.run, bool(call.parameters.max_cost)
+    if not limited and now - _read.get(run, -EVERY) < EVERY:
         return
     _read.clear()
-    _read[plan.run] = now
-    status.spent = read_meter(
-        plan, message, status, services, ended=bool(plan.parameters.max_cost)
-    ).dollars
-    services.ledger.spent(message, status.spent)
+    _read[run] = now
+    status.spent = read_meter(call, status, ended=limited).dollars
+    call.services.ledger.spent(call.message, status.spent)
 
 # %% ../../nbs/handlers/06_launch.ipynb #b9e454ac
 def validate(
-    plan: Plan,
+    call: Invocation,
     status: Status,  # of the epoch that has just ended; its validation fields are brought up to date
-    services: Services,
 ) -> None:
     "Cost of the images held back, and which epoch had the best."
+    plan, services, parameters = call.plan, call.services, call.parameters
     x, Y = training_data(services.bucket(plan.bucket), held_key(plan))
     layers = network_at(plan, status.epoch + 1, status.source, services)
-    X = sampling.standardise(x, plan.parameters.dtype, subtracted(plan, services)).T
-    status.validation = cost(activations(plan.parameters, layers, X)[-1], Y)
+    X = sampling.standardise(x, parameters.dtype, subtracted(plan, services)).T
+    status.validation = cost(activations(parameters, layers, X)[-1], Y)
     if status.best_validation is None or status.validation < status.best_validation:
         status.best_validation, status.best_epoch = status.validation, status.epoch
         message = Message("LaunchLambda", "next", plan.run, epoch=0, batch=BEST)
@@ -223,27 +201,26 @@ def results(
 
 
 def trained_model(
-    plan: Plan,
+    call: Invocation,
     status: Status,
-    services: Services,
 ) -> model.Model:
     "The network that the run ends with: the newest, or with patience, or at a limit, the one of the best validation; raises `Diverged` if it is not finite."
-    if (plan.parameters.patience or status.cut) and status.best_validation is not None:
-        values = services.store.read(
-            plan.run, BEST, 0, [f"w{l}/0" for l in range(1, plan.parameters.layers + 1)]
-        )
+    plan, parameters = call.plan, call.parameters
+    if (parameters.patience or status.cut) and status.best_validation is not None:
+        names = [f"w{l}/0" for l in range(1, parameters.layers + 1)]
+        values = call.services.store.read(plan.run, BEST, 0, names)
         layers = [decode(value) for value in values]
     else:
-        layers = network_at(plan, status.epoch + 1, status.source, services)
+        layers = network_at(plan, status.epoch + 1, status.source, call.services)
     for l, arrays in enumerate(layers, start=1):
         for array in arrays:
-            finite(plan, Message("LaunchLambda", "next", plan.run, status.epoch), l, array)
+            finite(call, l, array)
     return model.Model(
-        plan.parameters,
+        parameters,
         [(W, b) for W, b, *_ in layers],
         plan.classes,
         plan.size,
-        mean=subtracted(plan, services),
+        mean=subtracted(plan, call.services),
     )
 
 # %% ../../nbs/handlers/06_launch.ipynb #de547993
@@ -257,21 +234,17 @@ def model_file(
 
 
 def leave_results(
-    plan: Plan,
-    message: Message,
+    call: Invocation,
     status: Status,
-    services: Services,
 ) -> None:
     "Write the run's files; who sees run.json finds all the others."
+    plan, services = call.plan, call.services
     bucket, folder = services.bucket(plan.bucket), f"training_results/{plan.name}"
     counts = {name: count._asdict() for name, count in services.ledger.counts(plan).items()}
-    text = msgspec.json.format(
-        msgspec.json.encode(
-            results(plan, [*services.runs.costs(plan.run)[: status.epoch], status.cost])
-        )
-    )
-    trained = model_file(trained_model(plan, status, services))
-    meter = read_meter(plan, message, status, services, ended=True)
+    costs = [*services.runs.costs(plan.run)[: status.epoch], status.cost]
+    text = msgspec.json.format(msgspec.json.encode(results(plan, costs)))
+    trained = model_file(trained_model(call, status))
+    meter = read_meter(call, status, ended=True)
     status.spent = meter.dollars
     record = {
         "run": plan.name,
@@ -290,69 +263,35 @@ def leave_results(
     bucket.put(f"{folder}/run.json", msgspec.json.format(msgspec.json.encode(record)))
 
 # %% ../../nbs/handlers/06_launch.ipynb #21550fe3
-def go_on(
-    plan: Plan,
-    message: Message,
-    services: Services,
-    arrays: dict[str, np.ndarray],  # cost of each mini-batch
+def standing(
+    call: Invocation,
 ) -> Status:
     "Find the next weights, and how the run stands now."
-    costs = [float(arrays[f"cost/{batch}"]) for batch in range(plan.batches)]
-    price, source = FOLLOW[plan.parameters.aggregation](plan, message, services, costs)
-    previous = services.runs.status(plan.run)
-    status = msgspec.structs.replace(previous, epoch=message.epoch, cost=price, source=source)
-    if plan.parameters.validation_fraction:
-        validate(plan, status, services)
-    note_meter(plan, message, status, services)
-    status.reason = why_end(plan, status)
+    parameters = call.parameters
+    costs = [float(call.arrays[f"cost/{batch}"]) for batch in range(call.plan.batches)]
+    total, source = FOLLOW[parameters.aggregation](call, costs)
+    previous, epoch = call.services.runs.status(call.plan.run), call.message.epoch
+    status = msgspec.structs.replace(previous, epoch=epoch, cost=total, source=source)
+    if parameters.validation_fraction:
+        validate(call, status)
+    note_meter(call, status)
+    status.reason = why_end(call.plan, status)
     if not status.reason:
-        status.cut = bool(reason := over_limit(plan, status, previous))
-        status.reason = reason
+        status.reason = over_limit(call.plan, status, previous)
+        status.cut = bool(status.reason)
     return status
 
 # %% ../../nbs/handlers/06_launch.ipynb #0a8a502d
-def handle(
-    message: Message,
-    services: Services,
-) -> None:
-    "End an epoch: go on with the next, or end the run."
-    began, plan = time.perf_counter(), services.runs.plan(message.run)
-    status, arrays = begin(
-        message, services, [f"cost/{batch}" for batch in range(plan.batches)]
-    )
-    if status != "open":
-        return
-    status = go_on(plan, message, services, arrays)
-    note("epoch ended", Cost=status.cost, Spent=status.spent)
-    if status.reason:
-        try:
-            end(plan, message, status, services)
-        except Diverged as error:
-            return end_early(plan, services, "failed", str(error))
-    else:
-        checkpoint.save_if_due(plan, status, services)
-        mail_if_due(plan, status, services)
-        services.runs.update(plan.run, status)
-    following = (
-        []
-        if status.reason
-        else epoch_messages(plan, message.epoch + 1, status.source, message.hop + 1)
-    )
-    services.bus.finish(message, following, time.perf_counter() - began)
-    services.ledger.finished(message, time.perf_counter() - began)
-
-
 def mail_if_due(
-    plan: Plan,
+    call: Invocation,
     status: Status,
-    services: Services,
 ) -> None:
     "Tell the owner every `notify_every` epochs."
-    every = plan.parameters.notify_every
-    if every and (status.epoch + 1) % every == 0:
-        services.topic.tell(
-            f"Run {plan.name}: epoch {status.epoch + 1}",
-            f"{status.epoch + 1} of at most {plan.parameters.epochs} epochs, cost {status.cost:.6g}.",
+    every, done = call.parameters.notify_every, status.epoch + 1
+    if every and done % every == 0:
+        call.services.topic.tell(
+            f"Run {call.plan.name}: epoch {done}",
+            f"{done} of at most {call.parameters.epochs} epochs, cost {status.cost:.6g}.",
         )
 
 
@@ -365,21 +304,34 @@ def undelivered(
 
 
 def end(
-    plan: Plan,
-    message: Message,
+    call: Invocation,
     status: Status,
-    services: Services,
 ) -> None:
     "Leave the results, then say that the run has finished: whoever dies in between leaves an epoch that is not ended yet."
-    leave_results(plan, message, status, services)
-    early = "early" if status.epoch + 1 < plan.parameters.epochs else ""
-    services.topic.tell(
-        f"Run {plan.name} finished {early}",
+    leave_results(call, status)
+    early = "early" if status.epoch + 1 < call.parameters.epochs else ""
+    call.services.topic.tell(
+        f"Run {call.plan.name} finished {early}",
         f"After {status.epoch + 1} epochs at a cost of {status.cost:.6g}: {status.reason}."
-        + undelivered(plan, services),
+        + undelivered(call.plan, call.services),
     )
-    status.state = "finished"
-    services.runs.update(plan.run, status)
+    status.state, call.ended = "finished", True
+
+
+def end_epoch(
+    call: Invocation,
+) -> Arrays:  # none
+    "Go on with the next epoch, or end the run."
+    status = standing(call)
+    note("epoch ended", Cost=status.cost, Spent=status.spent)
+    if status.reason:
+        end(call, status)
+    else:
+        checkpoint.save_if_due(call.plan, status, call.services)
+        mail_if_due(call, status)
+    call.services.runs.update(call.plan.run, status)
+    call.decide(source=status.source)
+    return {}
 
 # %% ../../nbs/handlers/06_launch.ipynb #d8f2f3a5
 def failures(

@@ -18,7 +18,7 @@ from ..cloud.deadline import OutOfTime
 from ..cloud.residents import Seat
 from ..cloud.services import Services, process_services
 from ..cloud.store import Refusing
-from .inputs import give_up
+from .ending import give_up
 
 # %% ../../nbs/handlers/08_stay.ipynb #d2d39529
 TRIES = 3  # as Lambda: the first and two more

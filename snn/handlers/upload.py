@@ -10,7 +10,6 @@ __all__ = ['NAME', 'ANSWERS', 'FRESH', 'DATA', 'run_id', 'NoParameters', 'beside
 # %% ../../nbs/handlers/07_upload.ipynb #5a7c1e93
 import hashlib
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import msgspec
 
 from ..cloud.bucket import Bucket, NoFile, Replaced, Upload
 from ..cloud.deadline import OutOfTime
-from ..cloud.messages import Message, Plan, check_run, epoch_messages, memory_here
+from ..cloud.messages import Message, Plan, check_run, memory_here
 from ..cloud.services import Services
 from ..cloud.telemetry import note
 from ..data import h5 as data
 from ..errors import InputError
 from . import checkpoint
-from .inputs import begin, pack_images
+from .invocation import pack_images
+from .protocol import handle
 from ..maths import sampling
 from ..maths.parameters import Parameters, encode, parse
 
@@ -140,16 +140,9 @@ def start(
         bucket, name, upload.mark
     )  # before anybody can see that it was begun
     checkpoint.leave_plan(plan, services)
-    message, began = Message("LaunchLambda", "start", plan.run, epoch=0), time.perf_counter()
-    status, _ = begin(message, services, [])
-    if status != "open":
-        return plan.run
-    services.bus.ready(plan)
-    answer(upload, services, f"Run {plan.name} started", _begun(plan, upload, where), plan.run)
-    services.bus.finish(
-        message, epoch_messages(plan, 0, "", hop=1), time.perf_counter() - began
-    )
-    services.ledger.finished(message, time.perf_counter() - began)
+    subject, words = f"Run {plan.name} started", _begun(plan, upload, where)
+    begun = lambda: answer(upload, services, subject, words, plan.run)
+    handle(Message("LaunchLambda", "start", plan.run, epoch=0), services, begun)
     return plan.run
 
 

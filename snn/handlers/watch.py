@@ -6,10 +6,11 @@
 __all__ = ['waits_for', 'mend', 'lost', 'progress', 'watch']
 
 # %% ../../nbs/handlers/05_watch.ipynb #01165410
-from ..cloud.messages import Message, Plan, epoch_messages, missing
+from ..cloud.messages import Message, Plan
 from ..cloud.services import Services
 from ..cloud.telemetry import note
 from . import checkpoint
+from .protocol import epoch_messages, hops_per_epoch, missing
 
 # %% ../../nbs/handlers/05_watch.ipynb #ff66c532
 def waits_for(
@@ -18,15 +19,11 @@ def waits_for(
 ) -> list[Message]:
     "The messages that a run waits for."
     status = services.runs.status(plan.run)
-    epoch, hop = status.epoch + 1, (4 * plan.parameters.layers + 4) * (status.epoch + 1) + 1
+    epoch = status.epoch + 1
+    hop = hops_per_epoch(plan) * epoch + 1
+    finished = lambda start: services.runs.finished_steps(plan.run, start.batch, epoch)
     starts = epoch_messages(plan, epoch, status.source, hop)
-    waiting = [
-        m
-        for start in starts
-        for m in missing(
-            plan, start, services.runs.finished_steps(plan.run, start.batch, epoch)
-        )
-    ]
+    waiting = [m for start in starts for m in missing(plan, start, finished(start))]
     return waiting or [
         Message("LaunchLambda", "next", plan.run, epoch, source=status.source, hop=hop)
     ]

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from ..cloud.messages import Plan, invocations_per_epoch
+from ..cloud.messages import Plan
 from ..data import h5 as data
+from ..handlers.protocol import invocations_per_epoch
 from ..handlers.upload import run_id
 from ..local.cloud import LocalCloud
 from ..maths import sampling

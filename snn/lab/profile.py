@@ -27,7 +27,7 @@ from ..cloud.bucket import Upload
 from ..cloud.runs import Runs
 from ..cloud.services import Services
 from ..data import h5 as data
-from ..handlers import inputs, upload
+from ..handlers import invocation, upload
 from ..local import worker
 from ..local.cloud import BUCKET
 from ..local.server import local_aws, parameter_server
@@ -85,7 +85,7 @@ FUNCTIONS = {
         neuron.input_gradient,
         sampling.standardise,
         sampling.mini_batches,
-        inputs.finite,
+        invocation.finite,
     ],
     "serialisation": [store.encode, store.decode, bus.letter],
 }

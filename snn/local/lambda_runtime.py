@@ -361,8 +361,8 @@ class Runtime:
 # %% ../../nbs/local/06_lambda_runtime.ipynb #7a677581
 NAMES = {
     "LaunchLambda": "snn.handlers.launch",
-    "TrainerLambda": "snn.handlers.trainer",
-    "NeuronLambda": "snn.handlers.neuron",
+    "TrainerLambda": "snn.handlers.protocol",
+    "NeuronLambda": "snn.handlers.protocol",
 }
 
 

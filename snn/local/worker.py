@@ -27,12 +27,12 @@ from .server import KEEP_MEMORY, answers
 # %% ../../nbs/local/02_worker.ipynb #b313dc9d
 def handlers() -> dict[str, Callable]:
     "The three functions by name."
-    from snn.handlers import launch, neuron, trainer
+    from snn.handlers import launch, protocol
 
     return {
         "LaunchLambda": launch.lambda_handler,
-        "TrainerLambda": trainer.lambda_handler,
-        "NeuronLambda": neuron.lambda_handler,
+        "TrainerLambda": protocol.lambda_handler,
+        "NeuronLambda": protocol.lambda_handler,
     }
 
 # %% ../../nbs/local/02_worker.ipynb #627c6bea

@@ -14,15 +14,12 @@ import numpy as np
 from snn.cloud.messages import (
     Message,
     Plan,
-    after_epoch,
-    after_layer,
-    epoch_messages,
-    trainer_messages,
 )
 from ..cloud.store import MASTER
 from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.checkpoint import unpack
+from ..handlers.protocol import epoch_messages, stages
 from ..maths.augment import masked, prepare
 from snn.maths.network import (
     Layer,
@@ -47,13 +44,8 @@ def walk(
     beginning: Message,  # of a mini-batch, to the TrainerLambda
 ) -> list[Message]:  # to NeuronLambdas, in their order
     "All messages to the neurons of a mini-batch, in one epoch."
-    if beginning.function == "NeuronLambda":
-        return [beginning]  # one takes the whole mini-batch
-    found, message = [], beginning
-    while asked := trainer_messages(plan, message):
-        found += asked
-        message = after_layer(asked[-1])
-    return found
+    every = [message for stage in stages(plan, beginning) for message in stage]
+    return [message for message in every if message.function == "NeuronLambda"]
 
 
 def hop_of_epoch(
@@ -61,9 +53,8 @@ def hop_of_epoch(
     epoch: int,
 ) -> int:
     "How many messages had led to the one that begins a mini-batch of this epoch."
-    last = walk(plan, epoch_messages(plan, 0, "", hop=0)[0])[-1]
-    end = after_epoch(last if last.direction == "network" else after_layer(last))
-    return 1 + epoch * (end.hop + 1)
+    *_, last = stages(plan, epoch_messages(plan, 0, "", hop=0)[0])
+    return 1 + epoch * (last[0].hop + 2)
 
 # %% ../../nbs/replay/02_compute.ipynb #73209a1c
 def check(

@@ -19,7 +19,7 @@ from ..cloud.bucket import Bucket
 from ..cloud.messages import Plan
 from ..data.h5 import Datasets
 from ..errors import InputError
-from ..handlers.inputs import training_data
+from ..handlers.invocation import training_data
 from ..maths.network import train
 from ..maths.sampling import split
 

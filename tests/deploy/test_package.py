@@ -55,7 +55,7 @@ def test_a_cold_start_of_a_neuron_imports_little(packages):
     "What takes a cold start's time is the number of modules: 170 of them are NumPy's, half of all are what redis and Powertools need."
     neuron, numpy = (
         cold_import(packages["training"], module, times=5)
-        for module in ("snn.handlers.neuron", "numpy")
+        for module in ("snn.handlers.protocol", "numpy")
     )
     print(
         f"{len(neuron.modules)} modules, {neuron.seconds * 1000:.0f} ms; NumPy alone {len(numpy.modules)}, {numpy.seconds * 1000:.0f} ms"

@@ -17,13 +17,12 @@ from snn.cloud.messages import Message
 from snn.cloud.residents import Seat
 from snn.cloud.services import Services
 from snn.data import h5 as data
-from snn.handlers import checkpoint, inputs, launch, neuron, trainer, watch
+from snn.handlers import checkpoint, invocation, protocol, watch
 from snn.handlers.upload import handle_upload, run_id
 from snn.local.server import local_aws, parameter_server
 from snn.maths.parameters import from_dict
 
 NAMES = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
-HANDLERS = dict(zip(NAMES, (launch.handle, trainer.handle, neuron.handle)))
 GIVEN = {
     "StackName": "Cats",
     "BucketName": "cats",
@@ -113,8 +112,8 @@ class Account:
 
     def handle(self, message: Message) -> None:
         self.running = message.function
-        inputs.forget()
-        HANDLERS[message.function](message, self.services)
+        invocation.forget()
+        protocol.handle(message, self.services)
         self.services.bus.settle()
 
     def sit(self, seat: Seat) -> None:

@@ -15,12 +15,12 @@ from snn.cloud.store import Outbox, Store
 from snn.data import h5 as data
 from snn.estimate.designs import default_plan
 from snn.estimate.simulation import World, on_aws
-from snn.handlers import inputs, launch, neuron, trainer
+from snn.handlers import invocation, launch, protocol
 from snn.handlers.upload import start
 from snn.lab.faults import LabBucket, LabBus
 from snn.local.server import parameter_server
 
-HANDLERS = {"LaunchLambda": launch, "TrainerLambda": trainer, "NeuronLambda": neuron}
+FUNCTIONS = ("LaunchLambda", "TrainerLambda", "NeuronLambda")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def step(message: Message) -> str:
 def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
     "Of real handlers, one after another, each in a process that has just begun; by step."
     services, found = Services({"SNN_REDIS_URL": server.url}), Counter()
-    stay = LambdaBus(Nobody(), dict.fromkeys(HANDLERS, ""), services.store, services.residents)
+    stay = LambdaBus(
+        Nobody(), dict.fromkeys(FUNCTIONS, ""), services.store, services.residents
+    )
     services.__dict__["bus"], services.__dict__["topic"] = (
         stay if chosen.residents else LabBus(services.store),
         Topic(),
@@ -102,8 +104,8 @@ def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
     services.bus.settle()
     for message in messages_of(services, chosen.residents > 0):
         before = exchanges[0]
-        inputs.forget()
-        HANDLERS[message.function].handle(message, services)
+        invocation.forget()
+        protocol.handle(message, services)
         services.bus.settle()
         if message.epoch == epoch:
             found[step(message)] += exchanges[0] - before

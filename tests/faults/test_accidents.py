@@ -214,7 +214,7 @@ def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(
 
 def test_a_stopped_run_stops_and_can_go_on(tmp_path, small_data, long_run, until):
     from snn.handlers import checkpoint
-    from snn.handlers.inputs import end_early
+    from snn.handlers.ending import end_early
 
     training.train(long_run, small_data, tmp_path / "whole")
     with LocalCloud() as cloud:

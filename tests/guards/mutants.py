@@ -34,10 +34,10 @@ ROOMS = {
     "scripts": Room(
         ("snn/cloud/store.py", "snn/cloud/residents.py", "snn/cloud/bus.py"), HANDLED
     ),
-    "protocol": Room(("snn/cloud/messages.py", "snn/cloud/runs.py"), HANDLED),
+    "protocol": Room(("snn/handlers/protocol.py", "snn/cloud/runs.py"), HANDLED),
     "handlers": Room(
         (
-            "snn/handlers/inputs.py",
+            "snn/handlers/invocation.py",
             "snn/handlers/neuron.py",
             "snn/handlers/trainer.py",
             "snn/handlers/launch.py",

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from snn.cloud.bucket import Upload
-from snn.cloud.messages import Message, epoch_messages
+from snn.cloud.messages import Message
 from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
 from snn.data import h5 as data
 from snn.data import models
 from snn.handlers import checkpoint, launch, watch
-from snn.handlers.inputs import end_early, forget
+from snn.handlers.ending import end_early
+from snn.handlers.invocation import forget
+from snn.handlers.protocol import epoch_messages
 from snn.handlers.upload import NAME, handle_upload, run_id
 from snn.lab.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
