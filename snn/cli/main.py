@@ -16,6 +16,7 @@ import typer
 
 from .. import __version__
 from . import bench, data, deploy, estimate, live, model, runs, serve, stories, train
+from . import tune as tuning
 from .console import Stopped, err, stop_cleanly
 from ..errors import InputError
 
@@ -46,6 +47,7 @@ for command in (
     app.command()(command)
 for command in (runs.runs, runs.status, runs.stop, runs.resume, runs.faults, bench.bench):
     app.command()(command)
+app.command()(tuning.tune)
 app.add_typer(data.app, name="data")
 
 # %% ../../nbs/cli/99_main.ipynb #f4513b37

@@ -21,13 +21,13 @@ def move(
     right: np.ndarray,  # pixels, (m,)
 ) -> np.ndarray:  # (m, size, size, 3)
     "Each image mirrored or not, and then moved, with its edge repeated."
-    size = images.shape[1]
-    row, column = (
-        np.clip(np.arange(size) - steps[:, None], 0, size - 1) for steps in (down, right)
-    )
-    column = np.where(mirrored[:, None], size - 1 - column, column)
-    number = np.arange(len(images))
-    return images[number[:, None, None], row[:, :, None], column[:, None, :]]
+    images, size = images.copy(), images.shape[1]
+    images[mirrored] = images[mirrored, :, ::-1]
+    edge = int(max(np.abs(down).max(), np.abs(right).max()))
+    wide = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)), mode="edge")
+    top, left = edge - down, edge - right
+    seen = [w[t : t + size, l : l + size] for w, t, l in zip(wide, top, left)]
+    return np.stack(seen)
 
 # %% ../../nbs/maths/07_augment.ipynb #cceda4a9
 def augment(
