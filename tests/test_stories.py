@@ -395,7 +395,7 @@ def test_a_replay_gives_the_numbers_of_the_invocation(
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
-    run = start(Upload("hand", "input/datasets.h5", "etag"), services)
+    run = start(Upload("hand", "input/datasets.h5", ""), services)
     run_until(
         services, lambda message: message.function == "LaunchLambda" and message.epoch == 2
     )
@@ -428,7 +428,7 @@ def test_a_replayed_event_is_the_one_that_was_sent(
     bucket = services.bucket("hand")
     bucket.put("input/parameters.json", msgspec.json.encode(chosen))
     bucket.put("input/datasets.h5", small_data.read_bytes())
-    run = start(Upload("hand", "input/datasets.h5", "etag"), services)
+    run = start(Upload("hand", "input/datasets.h5", ""), services)
     sent = []
     run_until(
         services,

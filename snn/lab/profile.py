@@ -181,7 +181,7 @@ def _train(services: Services, parameters: Parameters, datasets: Path) -> None:
     bucket.client.create_bucket(Bucket=BUCKET)
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
     bucket.put("training_input/datasets.h5", Path(datasets).read_bytes())
-    run = upload.start(Upload(BUCKET, "training_input/datasets.h5", "profile"), services)
+    run = upload.start(Upload(BUCKET, "training_input/datasets.h5", ""), services)
     services.store.flush()
     while (status := services.runs.status(run)).state == "running":
         time.sleep(0.01)

@@ -71,7 +71,11 @@ class Cloud:
     def start(self, parameters, datasets: Path) -> str:
         "Upload, and tell LaunchLambda as S3 would."
         self.bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
-        self.bucket.put("training_input/datasets.h5", datasets.read_bytes())
+        key = "training_input/datasets.h5"
+        answer = self.bucket.client.put_object(
+            Bucket="cats", Key=key, Body=datasets.read_bytes()
+        )
+        etag = answer["ETag"].strip('"')
         self.put(
             "Launch",
             {
@@ -80,13 +84,13 @@ class Cloud:
                         "eventName": "ObjectCreated:Put",
                         "s3": {
                             "bucket": {"name": "cats"},
-                            "object": {"key": "training_input/datasets.h5", "eTag": "abc"},
+                            "object": {"key": key, "eTag": etag},
                         },
                     }
                 ]
             },
         )
-        return run_id(Upload("cats", "training_input/datasets.h5", "abc"), parameters)
+        return run_id(Upload("cats", key, etag), parameters)
 
     def put(self, name: str, event) -> None:
         self.runtime.put(f"Cats-{name}Lambda", msgspec.json.encode(event))
