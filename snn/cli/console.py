@@ -150,7 +150,7 @@ class TrainingProgress:
             every,
             time.monotonic(),
         )
-        self.live, self.quiet = console.is_terminal and not quiet, quiet
+        self.live, self.quiet, self.warned = console.is_terminal and not quiet, quiet, False
         self.marks: list[
             tuple[float, int, int]
         ] = []  # seconds, epochs and invocations of the last minute
@@ -185,10 +185,17 @@ class TrainingProgress:
         "Show the newest figures."
         figures, done = self.figures(progress), progress.status.epoch + 1
         self.bar.update(self.task, completed=done, figures=figures)
+        self._warn(progress.status.warning)
         if self.live or self.quiet or time.monotonic() - self.last < self.every:
             return
         self.last = time.monotonic()
         self.console.print(f"epoch {done}/{self.epochs}, {figures}")
+
+    def _warn(self, warning: str) -> None:
+        "Say once that the network hardly learns."
+        if warning and not self.warned and not self.quiet:
+            self.warned = True
+            self.console.print(f"Warning: {warning}.")
 
     def __enter__(self):
         self.bar.start()

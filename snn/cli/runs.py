@@ -74,6 +74,7 @@ def facts(
         "run": plan.name,
         "state": status.state,
         "reason": status.reason,
+        "warning": status.warning,
         "epoch": status.epoch + 1,
         "epochs": plan.parameters.epochs,
         "cost": status.cost,

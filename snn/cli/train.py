@@ -273,6 +273,8 @@ def news(
         if words not in refused.values()
     }
     for run in runs.names():
+        if warning := runs.status(run).warning:
+            lines[f"{run} warning"] = f"Run {run}: {warning}."
         status, epochs = runs.status(run), runs.plan(run).parameters.epochs
         done, tenth = status.epoch + 1, max(1, epochs // 10)
         at = f"after {done} of at most {epochs} epochs" + (

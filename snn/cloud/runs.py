@@ -32,6 +32,7 @@ class Status(Struct, omit_defaults=False):
     spent: float = 0.0  # USD at AWS's prices, when it was last counted
     before: float = 0.0  # USD that the run had cost before it was taken up again
     since: float = 0.0  # when that was, in seconds since 1970
+    warning: str = ""  # why the network hardly learns, if it was found so
     cut: bool = False  # is it ended by `max_cost` or `deadline`?
     saved: float = 0.0  # when its newest checkpoint was made, in seconds since 1970
 

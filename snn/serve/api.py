@@ -98,6 +98,9 @@ class ModelFacts(BaseModel):
         description="name of the training run, if the service was given its run.json"
     )
     training_cost: float | None = Field(description="at the end of its training, likewise")
+    warning: str | None = Field(
+        description="why it hardly learned in training, likewise; absent if it learned well"
+    )
     data_etag: str | None = Field(
         description="of the data set that it was trained on, likewise"
     )
@@ -130,6 +133,7 @@ def facts(
         parameters=msgspec.to_builtins(served.model.parameters),
         run=run["run"] if isinstance(run.get("run"), str) else None,
         training_cost=cost if isinstance(cost, (int, float)) else None,
+        warning=run["warning"] or None if isinstance(run.get("warning"), str) else None,
         data_etag=etag if isinstance(etag, str) else None,
         evaluation=Quality(**msgspec.to_builtins(served.evaluation))
         if served.evaluation

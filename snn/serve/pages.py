@@ -244,6 +244,7 @@ def about(
         "Answers here since": f"{served.loaded:%Y-%m-%d %H:%M} UTC",
         "Training run": facts["run"],
         "Cost at the end of training": facts["training_cost"],
+        "Warning from its training": facts["warning"],
         "ETag of its data": facts["data_etag"],
     }
     rows = "".join(

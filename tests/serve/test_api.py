@@ -168,7 +168,14 @@ def test_a_data_set_and_a_run_tell_how_good_the_model_is(model_path, tmp_path):
         tmp_path / "datasets.h5",
     )
     (tmp_path / "run.json").write_text(
-        json.dumps({"run": "first", "cost": 0.25, "plan": {"etag": "abc"}})
+        json.dumps(
+            {
+                "run": "first",
+                "cost": 0.25,
+                "plan": {"etag": "abc"},
+                "warning": "layer 2 is silent",
+            }
+        )
     )
     client = TestClient(
         create(Live(Sources(model_path, tmp_path / "datasets.h5", tmp_path / "run.json")))
@@ -180,8 +187,10 @@ def test_a_data_set_and_a_run_tell_how_good_the_model_is(model_path, tmp_path):
         and facts["training_cost"] == 0.25
         and facts["data_etag"] == "abc"
         and facts["run"] == "first"
+        and facts["warning"] == "layer 2 is silent"
     )
     page = client.get("/model", headers=PERSON).text
+    assert "layer 2 is silent" in page
     assert "of 10 test pictures right" in page and "said non-cat" in page
 
 

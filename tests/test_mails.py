@@ -1,4 +1,4 @@
-"""The same data and parameters uploaded once more: never silence, never the same training twice, and a fresh run for who wants one."""
+"""What a run's owner is told by mail: the same data and parameters uploaded once more, and a network that hardly learns."""
 
 import json
 import os
@@ -10,10 +10,13 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from snn.cli.console import PlainConsole, TrainingProgress
 from snn.cloud.bucket import Upload, uploads
 from snn.cloud.bus import Envelope
+from snn.cloud.runs import Status
 from snn.handlers.upload import run_id
 from snn.local.cloud import LocalCloud
+from snn.local.training import Progress
 from snn.maths.parameters import from_dict, parse
 
 TOPIC = "arn:aws:sns:us-east-1:000000000000:mails"
@@ -237,6 +240,35 @@ def test_the_event_of_one_upload_told_again_is_no_new_upload(
     tell("0B")
     tell("0C")
     until(lambda: len(again(mails, run)) == 2, "the third upload is answered, and no event")
+
+
+def test_a_network_that_hardly_learns_is_told_of_once_and_with_advice(
+    cloud, upload, parameters, finished, mails, until, snn, monkeypatch
+):
+    chosen = parameters(
+        (3, 2, 1), granularity="network", epochs=210, learning_rate=0.5, seed=1
+    )
+    run = upload("stuck", chosen)
+    finished(cloud, run)
+    last = until(lambda: [m for m in mails(run) if "finished" in m[0]], "it has ended")[0]
+    (told,) = [text for subject, text in mails(run) if subject == f"Run {run} hardly learns"]
+    silent = "layer 2 is silent: it gives 0 for every image"
+    assert told.startswith(f"After 100 epochs, {silent}")
+    assert "begin anew with another seed, a lower learning rate, or leaky_relu" in told
+    assert silent in last[1]
+    record = json.loads(cloud.bucket.get(f"training_results/{run}/run.json"))
+    assert record["warning"].startswith(silent)
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
+    assert silent in snn("status", run)[1]
+
+
+def test_a_warning_is_shown_once_in_the_progress(capsys):
+    shown = TrainingProgress(1000, console=PlainConsole(), every=0)
+    for epoch in range(99, 102):
+        status = Status(epoch=epoch, cost=0.6, warning="layer 2 is silent")
+        shown.report(Progress(status, 10 * epoch, float(epoch)))
+    assert capsys.readouterr().out.count("Warning: layer 2 is silent.") == 1
 
 
 def test_the_new_key_leaves_the_names_of_runs_as_they_were():
