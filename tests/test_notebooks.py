@@ -1,4 +1,4 @@
-"""Every chapter runs."""
+"""Every chapter runs, and leaves the process as it found it."""
 
 import io
 import multiprocessing
@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,31 +30,49 @@ def give_up(number, frame):
     raise TimeoutError(f"the notebook took more than {SECONDS} s")
 
 
+def surroundings() -> dict[str, str]:
+    "What the chapters of one process share: its environment and working folder."
+    return {**os.environ, "IN_TEST": "1", "the working folder": os.getcwd()}
+
+
+def changed(before: dict[str, str]) -> list[str]:
+    "What a chapter has left otherwise than it found it: settings, and processes that run on."
+    after = surroundings()
+    names = {name for name in before | after if before.get(name) != after.get(name)}
+    helpers = ("resource_tracker", "forkserver")  # of Python's own, for as long as the process
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if not any(helper in " ".join(child.cmdline()) for helper in helpers)
+    ]
+    _, alive = psutil.wait_procs(children, timeout=20)
+    return [*sorted(names), *(str(process) for process in alive)]
+
+
 def run(notebook: str) -> tuple[bool, str]:
-    "Run a notebook in this process; True, or False and what it said."
+    "Run a notebook in this process; True, or False and what it said, or has left changed."
     from nbdev.test import test_nb
 
     os.chdir(ROOT)
+    before = surroundings()
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(SECONDS)
     with redirect_stderr(io.StringIO()) as said:
         passed, _ = test_nb(ROOT / notebook, skip_flags=["notest"])
-    return passed, said.getvalue()
+    signal.alarm(0)
+    left = changed(before)
+    return passed and not left, f"{said.getvalue()}{left and f'It has left changed: {left}'}"
 
 
 @pytest.fixture(scope="module")
 def running(request):
-    "All notebooks that were asked for, each in a process of its own, two at a time; {notebook: future}."
+    "All notebooks that were asked for, by two processes one after the other, as nbdev_test does; {notebook: future}."
     wanted = [
         item.callspec.params["notebook"]
         for item in request.session.items
         if item.originalname == "test_the_notebook_runs"
     ]
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # imports nbdev once, not once per notebook
-    context.set_forkserver_preload(["nbdev.test"])
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("forkserver")) as pool:
         yield {notebook: pool.submit(run, notebook) for notebook in wanted}
 
 

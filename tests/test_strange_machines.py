@@ -1,15 +1,18 @@
 """Folders, shells and settings of strangers do not change what the commands do."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
+import nbformat
 import pytest
 
 from snn.data import h5 as data
 from snn.errors import InputError
+from snn.local.pipeline import run_notebook
 
 SNN = Path(sys.executable).parent / "snn"
 
@@ -128,6 +131,19 @@ def test_who_has_no_home_gets_another_cache_folder(tmp_path, monkeypatch):
         data.cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data.cache_folder() == tmp_path / "cache" / "snn"
+
+
+def test_a_stage_runs_in_this_environment_whatever_is_called_python3(tmp_path, monkeypatch):
+    "As where another environment has put its kernel first in JUPYTER_PATH."
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    other = {"argv": ["false"], "display_name": "Python 3", "language": "python"}
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cell = nbformat.v4.new_code_cell("import sys; print(sys.executable)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "stage.ipynb")
+    ran = run_notebook(tmp_path / "stage.ipynb", tmp_path / "ran.ipynb", {})
+    outputs = nbformat.read(ran, 4).cells[-1].outputs
+    assert outputs[0].text.strip() == sys.executable
 
 
 @pytest.mark.parametrize("name", ["a%20b#c?d&e", "long-" * 30])
