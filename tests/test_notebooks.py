@@ -39,6 +39,7 @@ def changed(before: dict[str, str]) -> list[str]:
     "What a chapter has left otherwise than it found it: settings, and processes that run on."
     after = surroundings()
     names = {name for name in before | after if before.get(name) != after.get(name)}
+    names = {name for name in names if not name.startswith("KMP_")}  # scikit-learn's, for good
     helpers = ("resource_tracker", "forkserver")  # of Python's own, for as long as the process
     children = [
         child

@@ -316,7 +316,6 @@ def test_bin_lab_opens_the_introduction(root, until, tmp_path):
                 tmp_path / "bin" / "lab",
                 f"--port={port}",
                 "--port-retries=0",
-                "--allow-root",
                 "--IdentityProvider.token=",
             ],
             stdout=file,

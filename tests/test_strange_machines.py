@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ import msgspec
 import nbformat
 import pytest
 
+from snn.cli.console import PlainConsole, TrainingProgress
+from snn.cloud.runs import Status
 from snn.data import h5 as data
 from snn.errors import InputError
 from snn.local.pipeline import run_notebook
+from snn.local.training import Progress
 
 SNN = Path(sys.executable).parent / "snn"
 
@@ -188,3 +192,37 @@ def test_a_clone_keeps_the_line_ends_that_bash_reads(root):
     assert said.splitlines() == [
         f"{name}: eol: lf" for name in ("bin/train", "snn/__init__.py", "infra/main.yaml")
     ]
+
+
+def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_word(tmp_path):
+    text = "print('importing', flush=True)\nimport time\ntime.sleep(60)\n"
+    (tmp_path / "typer.py").write_text(text)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "snn", "train"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with started as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and said == ("", "")
+
+
+def test_where_only_ascii_can_be_shown_all_can_be_said(tmp_path):
+    command = [sys.executable, "-m", "snn", "data", "check", tmp_path / "mačky × →.h5"]
+    settings = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(command, env=settings, capture_output=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert b"ma\\u010dky \\xd7 \\u2192.h5: " in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_colours_that_are_forced_into_a_file_bring_no_cursor(tmp_path):
+    with open(tmp_path / "log", "w+") as log:
+        with TrainingProgress(10, console=PlainConsole(file=log, force_terminal=True)) as bar:
+            bar.report(Progress(Status(epoch=1, cost=0.5), 100, 1.0))
+        log.seek(0)
+        assert "\x1b[" not in log.read()

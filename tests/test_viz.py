@@ -1,11 +1,13 @@
 """Pictures: each is a labelled figure, nothing on it is cut off, and nobody needs to tell red from green."""
 
+import re
 from collections import namedtuple
 from io import BytesIO
 from itertools import combinations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -264,3 +266,23 @@ def test_the_sweep_agrees_with_counting():
             found["specificity"][i], (~called[labels == 0]).mean()
         )
         assert found["precision"][i] == labels[called].mean()
+
+
+def is_blue(colour) -> bool:
+    red, _, blue, _ = to_rgba(colour)
+    return blue > red
+
+
+@pytest.mark.parametrize(
+    "page, for_it, against",
+    [("serve/static/style", "yes", "no"), ("live/static/live", "for", "against")],
+)
+def test_blue_speaks_for_the_answer_and_orange_against_it_in_notebooks_and_pages(
+    page, for_it, against, root
+):
+    style = (root / "snn" / f"{page}.css").read_text()
+    assert is_blue(neurons.AGAINST_FOR(1.0)) and not is_blue(neurons.AGAINST_FOR(0.0))
+    for name, blue in ((for_it, True), (against, False)):
+        found = re.findall(rf"--{name}: (#[0-9a-f]{{3,6}});", style)
+        assert len(found) == 2, "in the light and in the dark"
+        assert [is_blue(colour) for colour in found] == [blue, blue]

@@ -150,7 +150,9 @@ class TrainingProgress:
             every,
             time.monotonic(),
         )
-        self.live, self.quiet, self.warned = console.is_terminal and not quiet, quiet, False
+        # not where colours are forced into a file (FORCE_COLOR): there is no cursor to move
+        self.live = console.is_terminal and console.file.isatty() and not quiet
+        self.quiet, self.warned = quiet, False
         self.marks: list[
             tuple[float, int, int]
         ] = []  # seconds, epochs and invocations of the last minute

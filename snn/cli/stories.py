@@ -115,7 +115,7 @@ def pipeline(
         workers,
     )
     with Teller(chosen.epochs) as teller:
-        page = run_pipeline(request, teller.report, progress=err.is_terminal)
+        page = run_pipeline(request, teller.report, progress=err.file.isatty())
     out.print(f"The report is {page}")
 
 # %% ../../nbs/cli/50_stories.ipynb #65925836

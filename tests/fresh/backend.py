@@ -8,7 +8,7 @@ from pathlib import Path
 INFO = {
     "METADATA": "Metadata-Version: 2.1\nName: snn\nVersion: 0\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: stub\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "entry_points.txt": "[console_scripts]\nsnn = snn.cli.main:main\n",
+    "entry_points.txt": "[console_scripts]\nsnn = snn.__main__:main\n",
 }
 
 

@@ -108,7 +108,7 @@ const digits = (x) => (x === null || x === undefined ? "–" : Math.abs(x) >= 1e
 const percent = (x) => `${Math.round(100 * x)} %`;
 const SHOWN = 40; // neurons of a layer that are drawn
 
-// A picture of numbers, blue below zero and orange above; three of them are a pixel.
+// A picture of numbers, orange below zero and blue above; three of them are a pixel.
 function weightPicture(canvas, values, edge) {
   canvas.width = canvas.height = edge;
   const image = new ImageData(edge, edge);
@@ -116,7 +116,7 @@ function weightPicture(canvas, values, edge) {
   for (const value of values) largest = Math.max(largest, Math.abs(value));
   for (let pixel = 0; pixel < edge * edge; pixel++) {
     const sum = (values[3 * pixel] + values[3 * pixel + 1] + values[3 * pixel + 2]) / 3 / (largest || 1);
-    const strength = Math.min(1, Math.abs(sum) * 1.6), colour = sum > 0 ? [194, 65, 12] : [20, 98, 138];
+    const strength = Math.min(1, Math.abs(sum) * 1.6), colour = sum > 0 ? [20, 98, 138] : [194, 65, 12];
     for (let c = 0; c < 3; c++) image.data[4 * pixel + c] = 255 + (colour[c] - 255) * strength;
     image.data[4 * pixel + 3] = 255;
   }
@@ -452,7 +452,7 @@ export async function mount(element, source) {
     }
     const now = measured.find((frame) => frame.epoch === view.epoch);
     at.chart.replaceChildren(svg);
-    at.table.textContent = `black: training, orange: test pictures${view.fork ? ", dashed: trained on from here without the neuron (orange) and with it (black)" : ""}. ` +
+    at.table.textContent = `black: training, blue: test pictures${view.fork ? ", dashed: trained on from here without the neuron (blue) and with it (black)" : ""}. ` +
       (now ? `At epoch ${now.epoch} the cost on the test pictures is ${digits(now.cost)}, and ${percent(now.accuracy)} of them are answered rightly.` : "");
   }
 
