@@ -338,7 +338,10 @@ BAD_VALUES = {
     ),
     "unknown activation": (
         {"activations": {"layer1": "softmax", "layer2": "sigmoid"}},
-        ['activations.layer1 holds "softmax"', "relu, leaky_relu, tanh or sigmoid"],
+        [
+            'activations.layer1 holds "softmax"',
+            "relu, leaky_relu, tanh, sigmoid, gelu or swish",
+        ],
     ),
     "last layer of two": (
         {"neurons": {"layer1": 3, "layer2": 2}},

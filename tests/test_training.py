@@ -18,6 +18,7 @@ from snn.handlers.protocol import (
 )
 from snn.local.cloud import LocalCloud
 from snn.maths import network, sampling
+from snn.maths.activations import ACTIVATIONS
 
 GRANULARITIES, AGGREGATIONS = ("neuron", "layer", "network"), ("best", "mean")
 
@@ -109,6 +110,16 @@ def test_every_rule_by_handlers_equals_plain_numpy(
         learning_rate=0.01,
     )
     run = start_run(cloud, f"{rule}-{aggregation}", chosen, small_data)
+    finished(cloud, run)
+    assert_equal_weights(weights_of(cloud, run), numpy_reference(chosen, small_data)[1])
+
+
+@pytest.mark.parametrize("kind, granularity", [*product(sorted(ACTIVATIONS), GRANULARITIES)])
+def test_every_activation_by_handlers_equals_plain_numpy(
+    kind, granularity, cloud, parameters, small_data, start_run, finished, weights_of
+):
+    chosen = parameters((4, 3, 1), kind, epochs=6, batch_size=50, granularity=granularity)
+    run = start_run(cloud, f"bent-{kind}-{granularity}", chosen, small_data)
     finished(cloud, run)
     assert_equal_weights(weights_of(cloud, run), numpy_reference(chosen, small_data)[1])
 

@@ -57,10 +57,11 @@ def backward_block(
     layer, first, count = call.block
     own = slice(first, first + count)
     dA, A = masked(call.arrays[f"dA{layer}"], mask(call, layer)), call.arrays[f"A{layer}"]
-    dZ, *gradient = backward(dA[own], A[own], activations_before(call), call.activation)
+    (old,) = weights(call, [call.block])
+    before, kind = activations_before(call), call.activation
+    dZ, *gradient = backward(dA[own], A[own], before, kind, *old[:2])
     if not call.message.learn:
         return {call.row("dz"): dZ}
-    (old,) = weights(call, [call.block])
     return {call.row("dz"): dZ, **after_step(call, layer, first, old, *gradient)}
 
 # %% ../../nbs/handlers/02_neuron.ipynb #4d6c6f47

@@ -47,7 +47,7 @@ def neuron_at(
     W, b = layers[layer - 1]
     row = slice(neuron, neuron + 1)
     kind = parameters.activation(layer)
-    dz, dw, db = backward(dA[row], A[layer][row], A_prev, kind)
+    dz, dw, db = backward(dA[row], A[layer][row], A_prev, kind, W[row], b[row])
     z = W[row] @ A_prev + b[row]
     return {
         "epoch": frame.epoch,

@@ -8,9 +8,10 @@ __all__ = ['fired', 'has_fired', 'pixel_gradient', 'saliency']
 # %% ../../nbs/maths/06_explain.ipynb #5e26c85c
 import numpy as np
 
+from .activations import ACTIVATIONS
 from .model import Model
 from .network import activations
-from .neuron import ACTIVATIONS, input_gradient
+from .neuron import backward, input_gradient
 
 # %% ../../nbs/maths/06_explain.ipynb #495863d9
 def fired(
@@ -27,7 +28,8 @@ def has_fired(
     values: np.ndarray,  # its activations, (n,)
 ) -> np.ndarray:  # (n,) bool
     "Which neurons of a layer said yes."
-    return values >= 0.5 if activation == "sigmoid" else values > 0
+    threshold = ACTIVATIONS[activation].threshold
+    return values >= threshold if threshold else values > 0
 
 # %% ../../nbs/maths/06_explain.ipynb #05006f9d
 def pixel_gradient(
@@ -38,8 +40,9 @@ def pixel_gradient(
     A = activations(model.parameters, model.layers, model.inputs(image[None]))
     dA = np.ones_like(A[-1])
     for l in range(len(model.layers), 0, -1):
-        slope = ACTIVATIONS[model.parameters.activation(l)][1]
-        dA = input_gradient(model.layers[l - 1][0], dA * slope(A[l]))
+        W, b, *_ = model.layers[l - 1]
+        dZ, *_ = backward(dA, A[l], A[l - 1], model.parameters.activation(l), W, b)
+        dA = input_gradient(W, dZ)
     return dA.reshape(image.shape)
 
 # %% ../../nbs/maths/06_explain.ipynb #bee21f57

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .activations import ACTIVATIONS
 from .augment import batch_inputs, dropout_mask, masked, prepare
 from .neuron import backward, forward, input_gradient
 from .parameters import Parameters
@@ -40,7 +41,7 @@ def initialise_layer(
 ) -> Layer:
     "First weights of a layer, with biases of zero and an optimizer that remembers nothing."
     n, dtype = parameters.sizes[layer - 1], parameters.dtype
-    scale = 2 if parameters.activation(layer) in ("relu", "leaky_relu") else 1
+    scale = ACTIVATIONS[parameters.activation(layer)].gain
     W = generator(parameters.seed, WEIGHTS, layer).standard_normal((n, n_prev)) * np.sqrt(
         scale / n_prev
     )
@@ -110,7 +111,9 @@ def slopes(
     dA, result = cost_gradient(A[-1], Y), []
     for l in range(len(layers), 0, -1):
         mask = masks.get(l - 1)
-        dZ, dW, db = backward(dA, A[l], masked(A[l - 1], mask), parameters.activation(l))
+        W, b, *_ = layers[l - 1]
+        A_prev, kind = masked(A[l - 1], mask), parameters.activation(l)
+        dZ, dW, db = backward(dA, A[l], A_prev, kind, W, b)
         result.insert(0, (dW, db))
         if l > 1:
             dA = masked(input_gradient(layers[l - 1][0], dZ), mask)

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..errors import InputError
+from .activations import ACTIVATIONS
 
 # %% ../../nbs/maths/01_parameters.ipynb #3aee81a7
 LARGEST = 1.7976931348623157e308  # the largest float64: anything above is infinite
@@ -29,8 +30,8 @@ Fraction = Annotated[
     float, Meta(ge=0, lt=1, description="a number from 0 up to, but not including, 1")
 ]
 Activation = Annotated[
-    Literal["relu", "leaky_relu", "tanh", "sigmoid"],
-    Meta(description="relu, leaky_relu, tanh or sigmoid"),
+    Literal[*ACTIVATIONS],
+    Meta(description=" or ".join(", ".join(ACTIVATIONS).rsplit(", ", 1))),
 ]
 Granularity = Annotated[
     Literal["neuron", "layer", "network"], Meta(description="neuron, layer or network")

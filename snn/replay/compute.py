@@ -187,8 +187,9 @@ def output_gradient(
     "dA of a layer: what the layers above tell it, (n, m)."
     dA = cost_gradient(A[-1], batch.Y)
     for l in range(parameters.layers, layer, -1):
-        dZ, *_ = backward(dA, A[l], A[l - 1], parameters.activation(l))
-        dA = masked(input_gradient(layers[l - 1][0], dZ), batch.masks.get(l - 1))
+        (W, b, *_), mask = layers[l - 1], batch.masks.get(l - 1)
+        dZ, *_ = backward(dA, A[l], masked(A[l - 1], mask), parameters.activation(l), W, b)
+        dA = masked(input_gradient(W, dZ), mask)
     return dA
 
 
@@ -246,7 +247,7 @@ def _compute(
     own = rows(layers[layer - 1], neuron, 1)
     A_prev = masked(A[layer - 1], seen.masks.get(layer - 1))
     da = output_gradient(parameters, layers, A, seen, layer)[row]
-    dz, dw, db = backward(da, A[layer][row], A_prev, parameters.activation(layer))
+    dz, dw, db = backward(da, A[layer][row], A_prev, parameters.activation(layer), *own[:2])
     w_after, b_after, *_ = step(parameters, own, dw, db, epoch)
     z = own[0] @ A_prev + own[1]
     return Replay(

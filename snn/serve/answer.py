@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data.photographs import square
+from ..maths.activations import ACTIVATIONS
 from ..maths.explain import fired, has_fired, saliency
 from .model import Served
 from .pictures import data_url, decode
@@ -21,7 +22,7 @@ from .pictures import data_url, decode
 class Layer(BaseModel):
     "What the neurons of one layer gave."
 
-    activation: str = Field(description="relu, leaky_relu, tanh or sigmoid")
+    activation: str = Field(description=", ".join(ACTIVATIONS))
     values: list[float] = Field(description="one per neuron")
     fired: list[bool] = Field(description="which neurons said yes")
 

@@ -7,6 +7,8 @@ export const ACTIVATIONS = {
   leaky_relu: (z) => Math.max(z, 0.01 * z),
   tanh: Math.tanh,
   sigmoid: (z) => 1 / (1 + Math.exp(-z)),
+  gelu: (z) => (z / 2) * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (z + 0.044715 * z ** 3))),
+  swish: (z) => z / (1 + Math.exp(-z)),
 };
 
 // The network's answer to one picture, layer by layer: what goes into each neuron and comes out.
