@@ -230,15 +230,23 @@ def errors_since(
     lines = []
     for function in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
         try:
-            found = account.client("logs").filter_log_events(
-                logGroupName=f"/aws/lambda/{stack}-{function}",
-                startTime=round(since * 1000),
-                filterPattern="ERROR",
-                limit=20,
-            )
+            pages = list(
+                account.client("logs")
+                .get_paginator("filter_log_events")
+                .paginate(
+                    logGroupName=f"/aws/lambda/{stack}-{function}",
+                    startTime=round(since * 1000),
+                    filterPattern="ERROR",
+                    PaginationConfig={"MaxItems": 20},
+                )
+            )  # a page may be empty although others follow
         except ClientError:
             continue  # it has not written anything yet
-        lines += [f"{function}: {readable(event['message'])}" for event in found["events"]]
+        lines += [
+            f"{function}: {readable(event['message'])}"
+            for page in pages
+            for event in page["events"]
+        ]
     return lines
 
 # %% ../../nbs/deploy/05_runs.ipynb #5002a6a2

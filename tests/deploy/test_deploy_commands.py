@@ -52,6 +52,8 @@ def test_package_says_size_fingerprint_and_import_times(snn, tmp_path, packages)
     [
         (["package", "--architecture", "sparc"], "may be arm64 or x86_64"),
         (["deploy", *FIVE[2:]], "not given: --bucket"),
+        (["deploy", *FIVE, "--profile", "small"], "may be minimal, standard, full"),
+        (["deploy", *FIVE, "--set", "LogRetention=long"], "it may be a number"),
         (["deploy", *FIVE, "--bucket", "Cats!"], "'Cats!' is not one"),
         (["deploy", *FIVE, "--email", "somebody"], "it looks like somebody@example.com"),
         (["deploy", *FIVE, "--connection", "ghp_token"], "codeconnections"),
@@ -85,6 +87,8 @@ def at_a_terminal(monkeypatch):
     patch("snn.deploy.inputs.kept", lambda account, stack: deployed[-1] if deployed else {})
     patch("snn.deploy.inputs.concurrency", lambda *rest: 0)
     patch("snn.deploy.inputs.quota", lambda account: 1000)
+    patch("snn.deploy.inputs.zones", lambda *rest: ["eu-west-1b", "eu-west-1c"])
+    patch("snn.deploy.inputs.last_time", lambda *rest: ({}, {}))
     patch("snn.deploy.inputs.own_address", lambda: "203.0.113.9")
     patch("snn.deploy.package.build", lambda name, target: None)
     patch("snn.deploy.runs.parameters_there", lambda *rest: runs.project_parameters())
@@ -123,6 +127,33 @@ def test_deploy_asks_five_questions_and_from_where_a_new_version_may_be_seen(
     assert at_a_terminal[2]["GitHubRepository"] == "my-network"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--profile", "minimal"],
+        ["--no-pipeline", "--no-notebook"],
+        ["--set", "Pipeline=no", "--set", "Notebook=no"],
+    ],
+)
+def test_without_pipeline_and_notebook_nobody_asks_for_github(words, snn, at_a_terminal):
+    said = snn("deploy", *FIVE[:4], *FIVE[6:8], *words, "--region", "eu-west-1")
+    assert "GitHub" not in said.output and said.exit_code == 0, said.exception
+    (made,) = at_a_terminal
+    assert (made["github_user"], made["connection"]) == ("", "")
+    assert (made["Notebook"], made["Pipeline"]) == ("no", "no")
+    assert (made["FirstZone"], made["SecondZone"]) == ("eu-west-1b", "eu-west-1c")
+
+
+def test_a_notebook_needs_the_clone_and_no_connection(snn, at_a_terminal):
+    words = [*FIVE[:4], *FIVE[6:8], "--no-pipeline", "--region", "eu-west-1"]
+    said = snn("deploy", *words, input="somebody\n").output
+    assert "GitHub user" in said and "connection" not in said
+    assert (at_a_terminal[0]["github_user"], at_a_terminal[0]["connection"]) == (
+        "somebody",
+        "",
+    )
+
+
 @pytest.mark.parametrize("answer, range", [("-", ""), ("198.51.100.0/24", "198.51.100.0/24")])
 def test_nobody_or_others_may_look_at_a_new_version(answer, range, snn, at_a_terminal):
     snn("deploy", *FIVE, "--region", "eu-west-1", input=f"{answer}\n")
@@ -148,6 +179,8 @@ def test_deploy_and_destroy_say_what_they_have_done(snn, packages, root, monkeyp
         again = snn("deploy", *FIVE, *TARGET, *where).output
         assert "Nothing has changed" in again and "stays as it is" in again
         assert there() == b'{"epochs": 7}'
+        short = snn("deploy", "--stack", "Cats", *TARGET, *where)
+        assert "Nothing has changed" in short.output, short.exception
         with monkeypatch.context() as patch:
             patch.setattr(commands, "_can_ask", lambda: True)
             answer = lambda word: snn("deploy", *FIVE, *TARGET, *where, input=word).output

@@ -592,15 +592,33 @@ def test_https_with_a_certificate(encrypted, production, test):
             if encrypted
             else not listener["Certificates"]
         )
-    assert BALANCER["Resources"]["ToHttps"]["Condition"] == "Encrypted"
+
+
+def test_no_two_listeners_ever_want_one_port():
+    "Not in a stack, and not while a certificate comes or goes: in an update, the new one is made before the old one ends."
+    ports = {}
+    for encrypted in (True, False):
+        resources = render(
+            BALANCER["Resources"], GIVEN, {"Encrypted": encrypted, "Reviewed": False}
+        )
+        for name, resource in resources.items():
+            if resource["Type"] == "AWS::ElasticLoadBalancingV2::Listener":
+                ports.setdefault(resource["Properties"]["Port"], set()).add(name)
+    assert sorted(ports) == [80, 443, 8080, 8443]
+    assert all(len(names) == 1 for names in ports.values()), ports
 
 
 def test_the_world_reaches_production_and_nobody_the_new_version():
     ingress = [
         {"GroupId": "BalancerSecurityGroup", **rule}
-        for rule in BALANCER["Resources"]["BalancerSecurityGroup"]["Properties"][
-            "SecurityGroupIngress"
-        ]
+        for encrypted in (True, False)
+        for rule in render(
+            BALANCER["Resources"]["BalancerSecurityGroup"]["Properties"][
+                "SecurityGroupIngress"
+            ],
+            GIVEN,
+            {"Encrypted": encrypted},
+        )
     ]
     ingress += [
         r["Properties"]

@@ -455,6 +455,12 @@ def test_a_notebook_brings_its_own_python_and_waits_for_it(tmp_path):
     assert "--on-unit-active=5min" in (tmp_path / "SageMaker" / "idle.log").read_text()
 
 
+def test_a_second_failed_event_is_mailed_too():
+    "An alarm on what lies in the queue would stay on for the two weeks that it lies there."
+    alarm = TEMPLATES["observability.yaml"]["Resources"]["DeadLetterAlarm"]["Properties"]
+    assert (alarm["MetricName"], alarm["Statistic"]) == ("NumberOfMessagesSent", "Sum")
+
+
 def test_training_stays_in_one_zone():
     "Between zones each gigabyte is paid for on both sides, and an endpoint costs in each."
     network, main = TEMPLATES["network.yaml"]["Resources"], TEMPLATES["main.yaml"]["Resources"]
