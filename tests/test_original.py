@@ -10,12 +10,17 @@ import typer
 from PIL import Image
 
 from snn.cli.main import app as commands
+from snn.cloud.bucket import Upload
 from snn.data import h5 as data
 from snn.data import models
+from snn.data.photographs import square
 from snn.deploy.gate import Service, questions, said_of
+from snn.handlers.upload import make_plan
 from snn.local.pipeline import default_notebooks, run_notebook
 from snn.maths import model, network
-from snn.serve.model import model_id
+from snn.serve.answer import predict
+from snn.serve.model import Sources, load, model_id
+from snn.serve.pictures import data_url
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def seen(paths) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
-ASSUMED = "assumed: relu in each layer and sigmoid in the last, images of 8x8 pixels, classes non-cat and cat"
+ASSUMED = "assumed: relu in each layer and sigmoid in the last, images of 8x8 pixels, pictures squashed to squares, classes non-cat and cat"
 
 
 def test_a_model_file_of_weights_alone_predicts_and_says_what_was_assumed(
@@ -160,6 +165,81 @@ def test_the_analysis_reads_what_the_original_left(weights_alone, small_data, tm
     assert "| final cost | 0.620000 |" in said and f"**{evaluation.accuracy:.1%}**" in said
 
 
+# How pictures become squares
+
+
+def halves() -> Image.Image:
+    "Three times as wide as high: red at the left, blue in the middle, green at the right."
+    picture = Image.new("RGB", (90, 30), "blue")
+    picture.paste("red", (0, 0, 30, 30))
+    picture.paste("lime", (60, 0, 90, 30))
+    return picture
+
+
+@pytest.mark.parametrize("way", ["squash", "crop", "pad"])
+def test_new_pictures_become_squares_as_the_training_pictures_did(
+    way, snn, weights_alone, tmp_path
+):
+    "From the folders to the data set, the model file, the command and the service."
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "others"):
+        (tmp_path / kind).mkdir()
+        for i in range(6):
+            pixels = rng.integers(0, 256, (8, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
+    given = () if way == "squash" else ("--prepare", way)
+    folders = ("--cat", tmp_path / "cats", "--non-cat", tmp_path / "others")
+    path = tmp_path / "datasets.h5"
+    assert snn("data", "pack", *folders, "--out", path, "--size", 8, *given)[0] == 0
+    found = data.read(path)
+    assert found.prepared == way
+    plan = make_plan(Upload("b", "k", "e"), weights_alone()[1].parameters, found)
+    trained = weights_alone()[1]._replace(prepared=plan.prepared)
+    models.write(trained, tmp_path / "params.h5")
+    halves().save(tmp_path / "wide.png")
+    seen = square(halves(), 8, way)
+    left, middle, right = seen[4, 0], seen[4, 4], seen[4, 7]
+    assert middle[2] > 200, "blue in the middle, whatever the way"
+    assert (left[0] > 200 and right[1] > 200) == (way != "crop"), "the sides are seen, or not"
+    assert (abs(seen[0, 4].astype(int) - seen[4, 4]).max() > 50) == (way == "pad"), (
+        "bars, or none"
+    )
+    expected = trained.probabilities(seen[None])[0]
+    said = snn("predict", "--model", tmp_path / "params.h5", "--json", tmp_path / "wide.png")[
+        1
+    ]
+    assert json.loads(said)[0]["probability"] == pytest.approx(expected, rel=1e-12)
+    served = load(Sources(tmp_path / "params.h5"))
+    answer = predict(served, "wide", (tmp_path / "wide.png").read_bytes(), explain=True)
+    assert answer.probability == pytest.approx(expected, rel=1e-12)
+    assert answer.explanation.seen == data_url(seen)
+
+
+def test_a_run_passes_it_on_from_the_data_set_to_the_model_file(snn, small_datasets, tmp_path):
+    path, out = tmp_path / "datasets.h5", tmp_path / "out"
+    data.write(small_datasets()._replace(prepared="pad"), path)
+    snn("train", "--data", path, "--out", out, "--epochs", 1, "--quiet")
+    assert models.read(out / "params.h5").prepared == "pad"
+
+
+def test_a_model_of_the_original_sees_what_the_original_saw(snn, weights_alone, tmp_path):
+    "The whole picture, squashed with bilinear filtering."
+    path, whole = weights_alone()
+    halves().save(tmp_path / "wide.png")
+    seen = np.asarray(halves().resize((8, 8), Image.Resampling.BILINEAR))
+    said = snn("predict", "--model", path, "--json", tmp_path / "wide.png")[1]
+    expected = whole.probabilities(seen[None])[0]
+    assert json.loads(said)[0]["probability"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_another_way_is_refused(snn, tmp_path):
+    code, _, error = snn(
+        "data", "pack", "--cat", tmp_path, "--non-cat", tmp_path, "--prepare", "fold",
+        "--out", tmp_path / "d.h5",
+    )  # fmt: skip
+    assert code == 2 and "--prepare is fold; it may be squash, crop, pad" in error
+
+
 # The page "Coming from the original"
 
 PARTS = [
@@ -202,9 +282,11 @@ def test_every_command_on_the_page_is_there_with_its_options(page, root):
             words.insert(
                 0, {"bin/deploy": "deploy", "bin/destroy": "destroy"}.get(program, "train")
             )
+        command = app.commands[words[0]]
+        command = command.commands[words[1]] if words[0] == "data" else command
         known = {
             name
-            for option in app.commands[words[0]].params
+            for option in command.params
             for name in (*option.opts, *option.secondary_opts)
         }
         assert {word for word in words if word.startswith("--")} <= known, words

@@ -532,10 +532,10 @@ def test_no_name_is_changed_by_the_console(name):
 FUZZ = """
 import random, sys, warnings
 from pathlib import Path
-from snn.data import h5 as data, photographs
-from snn.maths import model, parameters
+from snn.data import h5 as data, models, photographs
+from snn.maths import parameters
 warnings.simplefilter("ignore")
-read = {"data": data.read, "model": model.read, "picture": photographs.read_photograph, "parameters": parameters.read}[sys.argv[1]]
+read = {"data": data.read, "model": models.read, "picture": photographs.read_photograph, "parameters": parameters.read}[sys.argv[1]]
 whole, path, chance = Path(sys.argv[2]).read_bytes(), Path(sys.argv[3]), random.Random(sys.argv[1])
 for number in range(int(sys.argv[4])):
     content = bytearray(whole)

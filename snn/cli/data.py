@@ -15,7 +15,16 @@ import typer
 from typer import Argument, Option
 
 from .console import err, out, print_json
-from ..data.h5 import Datasets, content, doubles, faults, read, write, written_whole
+from snn.data.h5 import (
+    PREPARATIONS,
+    Datasets,
+    content,
+    doubles,
+    faults,
+    read,
+    write,
+    written_whole,
+)
 from ..errors import InputError
 
 # %% ../../nbs/cli/04_data.ipynb #c74ec05a
@@ -51,6 +60,7 @@ def facts(
     return {
         "size": datasets.size,
         "classes": list(datasets.classes),
+        "prepared": datasets.prepared,
         "counts": counts,
         "training": part(datasets.train_y),
         "test": part(datasets.test_y),
@@ -95,13 +105,21 @@ def pack(
         float, Option(min=0.01, max=0.9, help="Share of the pictures to test on.")
     ] = 0.2,
     seed: Annotated[int, Option(min=0, help="Draws which pictures are tested on.")] = 0,
+    prepare: Annotated[
+        str,
+        Option(
+            help="How a picture becomes a square: squash the whole of it, crop its middle, or pad it with bars. The model file says it, and new pictures are prepared the same way."
+        ),
+    ] = "squash",
 ) -> None:
     "Make a data set from two folders of pictures."
     from snn.data import photographs
 
     _check_folder(out_file)
+    if prepare not in PREPARATIONS:
+        raise InputError(f"--prepare is {prepare}; it may be {', '.join(PREPARATIONS)}")
     told: list[str] = []
-    datasets = photographs.pack(cat, non_cat, size, test_fraction, seed, told.append)
+    datasets = photographs.pack(cat, non_cat, size, test_fraction, seed, prepare, told.append)
     write(datasets, out_file)
     for line in told:
         err.print(line)

@@ -48,7 +48,9 @@ def predict(
 ) -> None:
     "Ask a model about pictures."
     trained = read_model(model, parameters)
-    pictures = np.stack([read_photograph(image, trained.size) for image in images])
+    pictures = np.stack(
+        [read_photograph(image, trained.size, trained.prepared) for image in images]
+    )
     answers = [
         {"image": image, "probability": float(p), "class": trained.classes[int(p >= 0.5)]}
         for image, p in zip(images, trained.probabilities(pictures))

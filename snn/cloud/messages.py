@@ -64,6 +64,7 @@ class Plan(Struct, frozen=True):
     classes: tuple[str, str]
     etag: str  # of the datasets.h5
     started: str  # date and time, UTC
+    prepared: str = "squash"  # how the pictures of the data became squares
 
     @property
     def name(self) -> str:

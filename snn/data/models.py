@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .h5 import check_classes, opened, text_of, written_whole
+from snn.data.h5 import (
+    PREPARATIONS,
+    check_classes,
+    opened,
+    preparation,
+    text_of,
+    written_whole,
+)
 from ..errors import InputError
 from ..maths import parameters as parameter_files
 from ..maths.model import Model
@@ -34,6 +41,8 @@ def write(
         file.attrs["parameters"] = parameter_files.encode(model.parameters).decode()
         file.attrs["classes"] = list(model.classes)
         file.attrs["image_size"] = model.size
+        if model.prepared != PREPARATIONS[0]:
+            file.attrs["prepared"] = model.prepared
 
 # %% ../../nbs/data/04_models.ipynb #58bfbc30
 def _check_numbers(model: Model) -> Model:
@@ -110,7 +119,7 @@ def _of_weights_alone(
     size = isqrt(inputs // 3)
     if inputs != size**2 * 3:
         raise InputError(f"W1 takes {inputs} inputs, which are no square picture in RGB")
-    assumed = f"images of {size}x{size} pixels, classes non-cat and cat"
+    assumed = f"images of {size}x{size} pixels, pictures squashed to squares, classes non-cat and cat"
     if not given:
         assumed = f"relu in each layer and sigmoid in the last, {assumed}"
     told = f"holds weights alone; assumed: {assumed}"
@@ -137,5 +146,6 @@ def read(
         if found.standardise == "mean" and "mean" not in file:
             raise InputError("has no mean, but its parameters say standardise mean")
         mean = file["mean"][()] if found.standardise == "mean" else None
-        model = Model(found, layers, classes, int(file.attrs["image_size"]), mean=mean)
+        size, prepared = int(file.attrs["image_size"]), preparation(file)
+        model = Model(found, layers, classes, size, prepared=prepared, mean=mean)
         return _check_numbers(_check_shapes(model))

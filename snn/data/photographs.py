@@ -116,11 +116,16 @@ def upright(
 def square(
     image: Image.Image,
     size: int = 64,  # edge in pixels
+    prepared: str = "squash",  # or crop, or pad
 ) -> np.ndarray:  # (size, size, 3) uint8
-    "The largest square from the middle of a picture, upright and in RGB."
-    return np.asarray(
-        ImageOps.fit(_coloured(upright(image)), (size, size), Image.Resampling.LANCZOS)
-    )
+    "A picture as a square, upright and in RGB: the whole of it squashed, its middle, or the whole of it with bars in its mean colour."
+    image, edges = _coloured(upright(image)), (size, size)
+    if prepared == "squash":
+        return np.asarray(image.resize(edges, Image.Resampling.BILINEAR))
+    if prepared == "crop":
+        return np.asarray(ImageOps.fit(image, edges, Image.Resampling.LANCZOS))
+    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    return np.asarray(ImageOps.pad(image, edges, Image.Resampling.LANCZOS, color=mean))
 
 # %% ../../nbs/data/02_photographs.ipynb #291aa368
 PARTS = {
@@ -315,9 +320,10 @@ def read_picture(
 def read_photograph(
     path: str | Path,
     size: int = 64,  # edge in pixels
+    prepared: str = "squash",  # or crop, or pad: as the training pictures were
 ) -> np.ndarray:  # (size, size, 3) uint8
     "A picture file as the network sees it; raises `InputError`."
-    return square(read_picture(path), size)
+    return square(read_picture(path), size, prepared)
 
 # %% ../../nbs/data/02_photographs.ipynb #3b605b92
 OTHERS = re.compile(
@@ -361,7 +367,7 @@ def _files(folder: Path, tell: Callable[[str], None]) -> list[Path]:
 
 # %% ../../nbs/data/02_photographs.ipynb #ff06a44e
 def _read_folder(
-    folder: str | Path, size: int, tell: Callable[[str], None]
+    folder: str | Path, size: int, prepared: str, tell: Callable[[str], None]
 ) -> dict[bytes, list[tuple[Path, np.ndarray]]]:
     "All pictures of a folder as files and squares, equal ones together, by their fingerprints."
     files, groups = _files(Path(folder), tell), {}
@@ -372,7 +378,7 @@ def _read_folder(
     for file in files:
         whole = read_picture(file)
         key = hashlib.sha256(f"{whole.size}".encode() + whole.tobytes()).digest()
-        groups.setdefault(key, []).append((file, square(whole, size)))
+        groups.setdefault(key, []).append((file, square(whole, size, prepared)))
     if len(groups) < 2:
         raise InputError(
             f"{folder}: holds one image {len(files)} times; it needs at least two that differ, one to train on and one to test"
@@ -385,13 +391,14 @@ def _read_folder(
 
 # %% ../../nbs/data/02_photographs.ipynb #4bbd4689
 def _both(
-    cats: str | Path, others: str | Path, size: int, tell: Callable[[str], None]
+    cats: str | Path, others: str | Path, size: int, prepared: str, tell: Callable[[str], None]
 ) -> dict[int, list]:
     "The pictures of both classes; equal ones together. Raises `InputError` for a picture in both."
     if Path(cats).resolve() == Path(others).resolve():
         raise InputError(f"{cats}: is given for both classes; each needs a folder of its own")
     found = {
-        label: _read_folder(folder, size, tell) for label, folder in ((1, cats), (0, others))
+        label: _read_folder(folder, size, prepared, tell)
+        for label, folder in ((1, cats), (0, others))
     }
     for key in found[1].keys() & found[0].keys():
         raise InputError(
@@ -406,11 +413,12 @@ def pack(
     size: int = 64,  # edge in pixels
     test_fraction: float = 0.2,
     seed: int = 0,
+    prepared: str = "squash",  # or crop, or pad
     tell: Callable[[str], None] = lambda line: None,  # is told what was left out, and why
 ) -> Datasets:
     "Data sets from two folders of pictures; raises `InputError`."
     parts = {"train": [], "test": []}
-    for label, groups in _both(cats, others, size, tell).items():
+    for label, groups in _both(cats, others, size, prepared, tell).items():
         order = generator(seed, SPLIT, label).permutation(len(groups))
         n_test = min(max(1, round(len(groups) * test_fraction)), len(groups) - 1)
         for part, chosen in (("test", order[:n_test]), ("train", order[n_test:])):
@@ -420,4 +428,4 @@ def pack(
         order = generator(seed, SPLIT, 2 + number).permutation(len(parts[part]))
         images, labels = zip(*(parts[part][i] for i in order))
         arrays += [np.stack(images), np.array(labels, dtype=np.int64)]
-    return check(Datasets(*arrays))
+    return check(Datasets(*arrays, prepared=prepared))

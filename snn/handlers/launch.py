@@ -256,6 +256,7 @@ def trained_model(
         [(W, b) for W, b, *_ in layers],
         plan.classes,
         plan.size,
+        prepared=plan.prepared,
         mean=subtracted(plan, call.services),
     )
 

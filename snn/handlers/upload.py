@@ -101,6 +101,7 @@ def make_plan(
         datasets.classes,
         upload.etag,
         datetime.now(UTC).strftime(NAME),
+        datasets.prepared,
     )
 
 # %% ../../nbs/handlers/07_upload.ipynb #359a369c

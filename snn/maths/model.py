@@ -26,6 +26,7 @@ class Model(NamedTuple):
     classes: tuple[str, str] = ("non-cat", "cat")
     size: int = 64  # edge of an image in pixels
     assumed: str = ""  # what its file does not say, in a sentence; empty if it says all
+    prepared: str = "squash"  # how pictures became squares: squash, crop or pad
     mean: np.ndarray | None = (
         None  # of the training images, (n_inputs,), if `standardise` says so
     )

@@ -82,7 +82,7 @@ def predict(
     "The network's answer to a picture file; raises `Problem`."
     start = perf_counter()
     image = decode(content)
-    seen = square(image, served.model.size)
+    seen = square(image, served.model.size, served.model.prepared)
     probability = float(served.model.probabilities(seen[None])[0])
     milliseconds = round(1000 * (perf_counter() - start), 3)
     return Prediction(
@@ -126,7 +126,7 @@ def explanation(
         for name, values in zip(names, fired(model, seen))
     ]
     return Explanation(
-        picture=data_url(square(image, EDGE), "JPEG"),
+        picture=data_url(square(image, EDGE, model.prepared), "JPEG"),
         seen=data_url(seen),
         saliency=data_url(veil(saliency(model, seen))),
         layers=layers,

@@ -29,7 +29,9 @@ def model_id(
 ) -> str:  # 12 hexadecimal digits
     "A name that follows from all that an answer depends on: weights, mean, activation functions, classes and size."
     names = [model.parameters.activation(l) for l in range(1, model.parameters.layers + 1)]
-    digest = hashlib.sha256(msgspec.json.encode([names, model.classes, model.size]))
+    facts = [names, model.classes, model.size]
+    facts += [model.prepared] if model.prepared != data.PREPARATIONS[0] else []
+    digest = hashlib.sha256(msgspec.json.encode(facts))
     mean = [] if model.mean is None else [model.mean]
     for arrays in [*model.layers, mean]:
         for array in arrays[:2]:
