@@ -533,6 +533,7 @@ FUZZ = """
 import random, sys, warnings
 from pathlib import Path
 from snn.data import h5 as data, models, photographs
+from snn.errors import InputError
 from snn.maths import parameters
 warnings.simplefilter("ignore")
 read = {"data": data.read, "model": models.read, "picture": photographs.read_photograph, "parameters": parameters.read}[sys.argv[1]]
