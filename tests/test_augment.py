@@ -252,9 +252,9 @@ def test_a_replayed_neuron_has_the_numbers_of_plain_numpy(small, granularity):
     assert np.allclose(found.w, W[1]) and np.allclose(
         found.z, W[1] @ found.A_prev + b[1], rtol=1e-12
     )
-    _, slopes = network.gradients(chosen, layers[2], *batch)
-    np.testing.assert_allclose(found.dw, slopes[1][0][1], rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(found.db, slopes[1][1][1, 0], rtol=1e-9)
+    _, gradients = network.gradients(chosen, layers[2], *batch)
+    np.testing.assert_allclose(found.dw, gradients[1][0][1], rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found.db, gradients[1][1][1, 0], rtol=1e-9)
 
 
 # A model file is enough to predict

@@ -76,17 +76,17 @@ def test_gradients_are_the_slopes_of_the_cost(hidden, seed, dropped, draw):
     X, Y = rng.standard_normal((5, 7)), rng.integers(0, 2, (1, 7))
     masks = network.hidden_masks(parameters, 7, epoch=3, batch=1)
     assert sorted(masks) == (list(range(1, len(sizes))) if dropped else [])
-    price = lambda: network.cost(network.activations(parameters, layers, X, masks)[-1], Y)
-    _, slopes = network.gradients(parameters, layers, X, Y, masks)
-    for layer, pair in zip(layers, slopes):
-        for values, slope in zip(layer, pair):
+    cost_now = lambda: network.cost(network.activations(parameters, layers, X, masks)[-1], Y)
+    _, gradients = network.gradients(parameters, layers, X, Y, masks)
+    for layer, pair in zip(layers, gradients):
+        for values, gradient in zip(layer, pair):
             place = tuple(rng.integers(values.shape))
             kept, found = values[place], []
             for step in (1e-5, -1e-5):
                 values[place] = kept + step
-                found.append(price())
+                found.append(cost_now())
             values[place] = kept
-            assert slope[place] == pytest.approx(
+            assert gradient[place] == pytest.approx(
                 (found[0] - found[1]) / 2e-5, rel=1e-5, abs=1e-8
             )
 
@@ -114,7 +114,7 @@ def test_no_activation_overflows(kind, z):
     with np.errstate(all="raise", under="ignore"):
         A = ACTIVATIONS[kind].function(np.array([z]))
         kept = A if ACTIVATIONS[kind].keeps == "A" else np.array([z])
-        assert np.isfinite(A).all() and np.isfinite(ACTIVATIONS[kind].slope(kept)).all()
+        assert np.isfinite(A).all() and np.isfinite(ACTIVATIONS[kind].gradient(kept)).all()
 
 
 # Mini-batches
@@ -247,19 +247,19 @@ def test_wilsons_interval_solves_wilsons_equation(pair):
 # Rules
 
 
-def naive_steps(rule: dict, rate: float, weight: float, slopes: list[float]) -> float:
+def naive_steps(rule: dict, rate: float, weight: float, gradients: list[float]) -> float:
     "One weight after some steps, by the rules as their papers write them."
     velocity = first = second = 0.0
-    for t, slope in enumerate(slopes, start=1):
-        slope = slope + rule.get("l2", 0) * weight
+    for t, gradient in enumerate(gradients, start=1):
+        gradient = gradient + rule.get("l2", 0) * weight
         if rule["name"] == "sgd":
-            weight -= rate * slope
+            weight -= rate * gradient
         elif rule["name"] == "momentum":
-            velocity = rule["momentum"] * velocity + slope
+            velocity = rule["momentum"] * velocity + gradient
             weight -= rate * velocity
         else:
-            first = rule["beta1"] * first + (1 - rule["beta1"]) * slope
-            second = rule["beta2"] * second + (1 - rule["beta2"]) * slope**2
+            first = rule["beta1"] * first + (1 - rule["beta1"]) * gradient
+            second = rule["beta2"] * second + (1 - rule["beta2"]) * gradient**2
             weight -= (
                 rate
                 * (first / (1 - rule["beta1"] ** t))
@@ -268,7 +268,7 @@ def naive_steps(rule: dict, rate: float, weight: float, slopes: list[float]) -> 
     return weight
 
 
-fractions, slopes = some.floats(0, 0.999), some.floats(-10, 10)
+fractions, gradients = some.floats(0, 0.999), some.floats(-10, 10)
 
 
 @given(
@@ -286,7 +286,7 @@ fractions, slopes = some.floats(0, 0.999), some.floats(-10, 10)
     ),
     some.floats(1e-3, 1),
     some.floats(0, 1),
-    some.lists(some.tuples(slopes, slopes), min_size=1, max_size=6),
+    some.lists(some.tuples(gradients, gradients), min_size=1, max_size=6),
 )
 def test_every_rule_is_the_one_of_its_paper(rule, rate, l2, steps):
     rule = {**rule, "l2": l2}
@@ -380,10 +380,10 @@ def test_scikit_learn_takes_the_same_steps(momentum, l2, hidden):
     with pytest.warns():
         peer.fit(X, Y)
     for epoch in range(10):
-        _, slopes = network.gradients(parameters, layers, X.T, Y[None])
+        _, gradients = network.gradients(parameters, layers, X.T, Y[None])
         layers = [
-            network.step(parameters, layer, *slope, epoch)
-            for layer, slope in zip(layers, slopes)
+            network.step(parameters, layer, *gradient, epoch)
+            for layer, gradient in zip(layers, gradients)
         ]
     for l, (W, b, *_) in enumerate(layers):
         np.testing.assert_allclose(peer.coefs_[l].T, W, rtol=1e-9, atol=1e-15)

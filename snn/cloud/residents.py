@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from .bus import Envelope, letter
+from .bus import Envelope, encoded_envelope
 from .messages import Function, Message, Plan
 from .runs import Runs
 from .store import Store, tag
@@ -128,16 +128,20 @@ class Residents:
             self._put(
                 messages[0].run,
                 function,
-                [letter(message) for message in messages if message.function == function],
+                [
+                    encoded_envelope(message)
+                    for message in messages
+                    if message.function == function
+                ],
             )
 
     def put(self, run: str, envelope: Envelope) -> None:
         "Put an envelope into its function's queue."
         self._put(run, envelope.function, [msgspec.json.encode(envelope)])
 
-    def _put(self, run: str, function: str, letters: list[bytes]) -> None:
+    def _put(self, run: str, function: str, envelopes: list[bytes]) -> None:
         where = queue_key(run, function)
-        self.store.ask(("RPUSH", where, *letters), ("EXPIRE", where, KEEP))
+        self.store.ask(("RPUSH", where, *envelopes), ("EXPIRE", where, KEEP))
 
     def vacant(self, plan: Plan) -> list[Seat]:
         "Seats of a run where nobody sits."

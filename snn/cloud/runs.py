@@ -162,7 +162,7 @@ class Runs:
         "What was counted for a run."
         return int(self.store.now("HGET", f"{tag(run)}:run", what) or 0)
 
-    def still_for(self, run: str, progress: int) -> float:
+    def note_progress(self, run: str, progress: int) -> float:
         "Seconds since `progress`, any number that grows as the run does, was last seen to change."
         seen, since = self.client.hmget(f"{tag(run)}:run", "progress", "since")
         if seen is not None and int(seen) == progress:

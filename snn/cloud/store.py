@@ -155,14 +155,14 @@ elseif uncounted then redis.call('HINCRBY', KEYS[2], role .. ':duplicates', 1) e
 JOIN = (
     COUNTED
     + """
-local group, expected, following, letter, sender, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], ARGV[12], nil
+local group, expected, following, envelope, sender, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], ARGV[12], nil
 if first then
   if #ARGV > 12 then redis.call('HSET', KEYS[1], unpack(ARGV, 13)) end
   joined = redis.call('HINCRBY', KEYS[1], 'joined:' .. group, 1)
 else joined = tonumber(redis.call('HGET', KEYS[1], 'joined:' .. group) or 0) end
 local send = joined >= expected and redis.call('HEXISTS', KEYS[1], 'attempts:' .. following) == 0
 if send then redis.call('HINCRBY', KEYS[2], sender .. ':messages', 1) end
-if send and KEYS[4] then redis.call('RPUSH', KEYS[4], letter) end
+if send and KEYS[4] then redis.call('RPUSH', KEYS[4], envelope) end
 return {'open', joined, send and 1 or 0}
 """
 )
@@ -179,9 +179,9 @@ return {'open'}
 FINISH = (
     COUNTED
     + """
-local letters = tonumber(ARGV[8])
-if first and #ARGV > 8 + letters then redis.call('HSET', KEYS[1], unpack(ARGV, 9 + letters)) end
-if first and letters > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 9, 8 + letters)) end
+local envelopes = tonumber(ARGV[8])
+if first and #ARGV > 8 + envelopes then redis.call('HSET', KEYS[1], unpack(ARGV, 9 + envelopes)) end
+if first and envelopes > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 9, 8 + envelopes)) end
 return {'open'}
 """
 )
@@ -569,7 +569,7 @@ class Store(Outbox):
         following: Message,
         seconds: float,
         values: dict[str, bytes],
-        letter: bytes = b"",
+        envelope: bytes = b"",
         queues: tuple = (),
     ) -> tuple:
         step, role = message.step, message.function
@@ -590,7 +590,7 @@ class Store(Outbox):
             group,
             expected,
             following.step,
-            letter,
+            envelope,
             message.function,
             *small,
             also=queues,
@@ -615,12 +615,12 @@ class Store(Outbox):
         following: Message,
         seconds: float,
         values: dict[str, bytes],
-        letter: bytes,
+        envelope: bytes,
         queue: str,
     ) -> None:
-        "The same with the next request; whoever completes the barrier leaves `letter` in a queue on this server."
+        "The same with the next request; whoever completes the barrier leaves `envelope` in a queue on this server."
         self.later(
-            *self._join(message, expected, following, seconds, values, letter, (queue,))
+            *self._join(message, expected, following, seconds, values, envelope, (queue,))
         )
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
@@ -638,10 +638,10 @@ class Store(Outbox):
         message: Message,
         seconds: float,
         values: dict[str, bytes] = {},
-        letters: Sequence[bytes] = (),
+        envelopes: Sequence[bytes] = (),
         queue: str = "",
     ) -> None:
-        "Record, with the next request, that an invocation has done all it had to; values are stored and letters left in a queue on this server at the same moment."
+        "Record, with the next request, that an invocation has done all it had to; values are stored and envelopes left in a queue on this server at the same moment."
         self.meter.used.store(values)
         small = self._large(message, message.batch, values)
         self.later(
@@ -652,10 +652,10 @@ class Store(Outbox):
                 message.step,
                 message.function,
                 seconds,
-                len(letters),
-                *letters,
+                len(envelopes),
+                *envelopes,
                 *small,
-                also=(queue,) if letters else (),
+                also=(queue,) if envelopes else (),
             )
         )
 

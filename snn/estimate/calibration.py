@@ -18,7 +18,7 @@ import numpy as np
 
 from ..cloud.messages import Plan
 from .designs import default_plan
-from .simulation import FUNCTIONS, Place, simulate
+from .simulation import FUNCTIONS, Environment, simulate
 from ..handlers.upload import run_id
 from ..local.cloud import LocalCloud
 from ..local.worker import cores
@@ -58,14 +58,14 @@ def here(
     times: dict[str, float],  # that were fitted
     runtime: str = "inline",
     workers: int | None = None,  # as many as there are processors
-) -> Place:
+) -> Environment:
     "This machine. A request costs the parameter server half of what it costs the client, and a byte of an operand a sixth of a multiplication."
     workers = workers or cores()
     all_times = (
         NOTHING | times | {"command": times["request"] / 2, "touch": times["multiply_add"] / 6}
     )
     if runtime == "inline":
-        return Place(
+        return Environment(
             all_times,
             "queue",
             dict.fromkeys(FUNCTIONS, workers),
@@ -73,7 +73,7 @@ def here(
             ledger=False,
             costs=False,
         )
-    return Place(
+    return Environment(
         all_times,
         "invoke",
         dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 3},
@@ -136,17 +136,17 @@ def measure(
 
 def predicted(
     plan: Plan,
-    place: Place,
+    environment: Environment,
     epochs: int = 6,
 ) -> float:  # seconds per epoch
     "What the simulation says of a network here."
-    return simulate(plan, place, epochs).per_epoch
+    return simulate(plan, environment, epochs).per_epoch
 
 # %% ../../nbs/estimate/05_calibration.ipynb #649912a1
 def fit(
     runs: list[Run],
     start: dict[str, float],  # seconds
-    place_of: Callable[[dict[str, float]], Place],
+    environment_of: Callable[[dict[str, float]], Environment],
     steps: int = 5,
     hold: float = 0.15,  # to the start, beside the errors
 ) -> dict[str, float]:
@@ -155,8 +155,8 @@ def fit(
     measured = np.log([run.seconds for run in runs])
 
     def errors(x: np.ndarray) -> np.ndarray:
-        place = place_of(dict(zip(names, np.exp(x).tolist())))
-        return np.log([predicted(run.plan, place, 3) for run in runs]) - measured
+        environment = environment_of(dict(zip(names, np.exp(x).tolist())))
+        return np.log([predicted(run.plan, environment, 3) for run in runs]) - measured
 
     x, one = first, np.eye(len(first))
     for _ in range(steps):
@@ -223,14 +223,14 @@ def compare(
     with LocalCloud(workers, runtime=runtime) as cloud:
         runs = measure(cloud, plans, datasets, epochs, repetitions)
     start = START if runtime == "inline" else LAMBDA
-    place_of = lambda times: here({**START, **inline, **times}, runtime, workers)
-    times, asked = {**inline, **fit(runs[0::2], start, place_of)}, runs[1::2]
+    environment_of = lambda times: here({**START, **inline, **times}, runtime, workers)
+    times, asked = {**inline, **fit(runs[0::2], start, environment_of)}, runs[1::2]
     return times, [
         Point(
             runtime,
             run.plan.parameters.granularity,
             run.plan.parameters.sizes,
-            predicted(run.plan, place_of(times)),
+            predicted(run.plan, environment_of(times)),
             run.seconds,
         )
         for run in asked

@@ -11,7 +11,7 @@ import msgspec
 
 from ..cloud.messages import Plan
 from ..cloud.prices import Book
-from .simulation import Outcome, Place, aws, enough_epochs, on_aws, simulate
+from .simulation import Environment, Outcome, aws, enough_epochs, on_aws, simulate
 from ..maths.parameters import from_dict
 
 # %% ../../nbs/estimate/03_designs.ipynb #6f6a82eb
@@ -26,10 +26,10 @@ ORIGINAL_EPOCH = 26.0  # seconds, as its results.json says: 21 hours for 2,957 e
 def original(
     book: Book,
     end: str = "value",  # or low or high, of what is not known of its parameter server
-) -> Place:
+) -> Environment:
     "The original's design, on AWS as it is today."
-    place = aws(book, node_bandwidth=ORIGINAL_BANDWIDTH[end])
-    return msgspec.structs.replace(place, threads=1, warm=False, images=False)
+    environment = aws(book, node_bandwidth=ORIGINAL_BANDWIDTH[end])
+    return msgspec.structs.replace(environment, threads=1, warm=False, images=False)
 
 
 def default_plan(

@@ -18,7 +18,7 @@ from ..cloud.meter import Usage, bill, cost_units, files_and_mails, gb_seconds, 
 from ..cloud.prices import Book, Number
 from ..data import h5 as datasets
 from .designs import with_residents
-from .simulation import Outcome, Place, enough_epochs, on_aws, simulate
+from .simulation import Environment, Outcome, enough_epochs, on_aws, simulate
 from .work import Work, epoch_work, run_work
 from ..maths.parameters import Parameters
 
@@ -122,7 +122,7 @@ def draw_place(
     plan: Plan,
     book: Book,
     seed: int,
-) -> Place:
+) -> Environment:
     "AWS with one possible value of everything that is not known."
     generator = random.Random(seed)
     return on_aws(

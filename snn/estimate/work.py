@@ -111,18 +111,18 @@ def _reads(plan: Plan, message: Message) -> list[str]:
 def _neuron_step(plan: Plan, message: Message) -> Step:
     layer, first, reads = message.layer, message.first, _reads(plan, message)
     if message.direction == "network":
-        slopes, kept = _after_step(plan, message, _every_block(plan))
+        gradients, kept = _after_step(plan, message, _every_block(plan))
         return Step(
             reads,
-            ["cost", *slopes, f"cost/{message.batch}"],
+            ["cost", *gradients, f"cost/{message.batch}"],
             _every_block(plan),
             kept,
             1,
         )
     if message.direction == "forward":
         return Step(reads, [f"a{layer}/{first}"], [(layer, first)], [])
-    slopes, kept = _after_step(plan, message, [(layer, first)])
-    return Step(reads, [f"dz{layer}/{first}", *slopes], [(layer, first)], kept)
+    gradients, kept = _after_step(plan, message, [(layer, first)])
+    return Step(reads, [f"dz{layer}/{first}", *gradients], [(layer, first)], kept)
 
 
 def _trainer_step(plan: Plan, message: Message) -> Step:

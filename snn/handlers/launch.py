@@ -19,14 +19,14 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import unwrapped, uploads
-from ..cloud.deadline import in_time
+from ..cloud.deadline import with_deadline
 from ..cloud.messages import Message, Plan
 from ..cloud.meter import Reading, reading, uploaded_at
 from ..cloud.prices import nearest
 from ..cloud.runs import Status
 from ..cloud.services import Services, process_services
 from ..cloud.store import BEST, MASTER, decode, encode
-from ..cloud.telemetry import note, told
+from ..cloud.telemetry import logged, note
 from ..data import h5 as data
 from ..data import models
 from ..errors import InputError
@@ -448,8 +448,8 @@ def handle_order(
 
 # %% ../../nbs/handlers/06_launch.ipynb #87d7479d
 @resident
-@told
-@in_time
+@logged
+@with_deadline
 def lambda_handler(
     event: dict,  # from S3 or SNS, a `Message`, an order, or {"state": "watch"} from the schedule
     context,  # from Lambda; None on one machine

@@ -22,7 +22,7 @@ from snn.handlers.invocation import (
     weights,
 )
 from ..maths.augment import masked
-from ..maths.network import Layer, activations, cost, hidden_masks, slopes, step
+from ..maths.network import Layer, activations, cost, hidden_masks, parameter_gradients, step
 from ..maths.neuron import backward, forward
 
 # %% ../../nbs/handlers/02_neuron.ipynb #606dfef4
@@ -89,7 +89,7 @@ def whole_network(
     computed, steps = {"cost": np.array(total)}, {}
     if not may_still_win(call, total):
         return computed
-    found = zip(layers, slopes(call.parameters, layers, A, Y, masks))
+    found = zip(layers, parameter_gradients(call.parameters, layers, A, Y, masks))
     for l, (old, gradient) in enumerate(found, start=1):
         steps |= after_step(call, l, 0, old, *gradient)
     return computed | steps if may_still_win(call, total) else computed

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from ..cloud.deadline import in_time
+from ..cloud.deadline import with_deadline
 from ..cloud.messages import Direction, Message, Plan, block_count, blocks
 from ..cloud.services import Services, process_services
 from ..cloud.store import encode
-from ..cloud.telemetry import told
+from ..cloud.telemetry import logged
 from . import neuron, trainer
 from .ending import end_early
 from snn.handlers.invocation import (
@@ -308,8 +308,8 @@ def handle(
 
 # %% ../../nbs/handlers/00_protocol.ipynb #7ca1da0c
 @resident
-@told
-@in_time
+@logged
+@with_deadline
 def lambda_handler(
     event: dict,  # a `Message`
     context,  # from Lambda; None on one machine

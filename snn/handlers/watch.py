@@ -90,7 +90,7 @@ def watch(
             continue  # taken up again, whatever its status says
         services.bus.ready(plan)
         if (
-            services.runs.still_for(run, progress(plan, services))
+            services.runs.note_progress(run, progress(plan, services))
             >= plan.parameters.stall_after
         ):
             mend(plan, services)

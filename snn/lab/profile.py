@@ -73,7 +73,7 @@ class Stopwatch:
 FUNCTIONS = {
     "mathematics": [
         network.activations,
-        network.slopes,
+        network.parameter_gradients,
         network.step,
         network.cost,
         network.cost_gradient,
@@ -87,7 +87,7 @@ FUNCTIONS = {
         sampling.mini_batches,
         invocation.finite,
     ],
-    "serialisation": [store.encode, store.decode, bus.letter],
+    "serialisation": [store.encode, store.decode, bus.encoded_envelope],
 }
 METHODS = {
     "mathematics": [(np, "vstack")],

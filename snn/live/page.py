@@ -119,9 +119,9 @@ def fork(
     layers = changed(stage.weights(epoch), changes)
     train, test = [], []
     for number in range(epoch, epoch + epochs):
-        price, layers = train_epoch(model.parameters, layers, X, Y, number, mean)
+        total, layers = train_epoch(model.parameters, layers, X, Y, number, mean)
         layers = changed(layers, silent)
-        train.append(price)
+        train.append(total)
         test.append(cost(activations(model.parameters, layers, shown)[-1], truth))
     return {"epoch": epoch, "costs": train, "test": test}
 

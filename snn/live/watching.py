@@ -138,10 +138,10 @@ def walk_again(
         while len(costs) < record.epochs and time.monotonic() < until:
             if watcher.film.wants(len(costs)):
                 watcher.film.add(len(costs), state["layers"])
-            price, state["layers"] = train_epoch(
+            total, state["layers"] = train_epoch(
                 parameters, state["layers"], X, Y, len(costs), mean
             )
-            costs.append(price)
+            costs.append(total)
         ended = len(costs) == record.epochs
         if ended:
             watcher.film.add(len(costs), state["layers"], last=True)

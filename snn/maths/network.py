@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Layer', 'MOMENTS', 'RULES', 'SAME', 'rows', 'initialise_layer', 'initialise', 'cost', 'cost_gradient', 'activations',
-           'slopes', 'gradients', 'step', 'best_batch', 'mean_of', 'MiniBatch', 'hidden_masks', 'epoch_batches',
-           'train_epoch', 'train', 'reached', 'standstill']
+           'parameter_gradients', 'gradients', 'step', 'best_batch', 'mean_of', 'MiniBatch', 'hidden_masks',
+           'epoch_batches', 'train_epoch', 'train', 'reached', 'standstill']
 
 # %% ../../nbs/maths/04_network.ipynb #9a558d4e
 from collections.abc import Iterable, Iterator
@@ -100,7 +100,7 @@ def activations(
     return A
 
 # %% ../../nbs/maths/04_network.ipynb #7aa23329
-def slopes(
+def parameter_gradients(
     parameters: Parameters,
     layers: list[Layer],
     A: list[np.ndarray],  # from `activations`
@@ -129,7 +129,7 @@ def gradients(
 ) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]]:  # cost, and (dW, db) per layer
     "Cost of a mini-batch, and its derivatives."
     A = activations(parameters, layers, X, masks)
-    return cost(A[-1], Y), slopes(parameters, layers, A, Y, masks)
+    return cost(A[-1], Y), parameter_gradients(parameters, layers, A, Y, masks)
 
 # %% ../../nbs/maths/04_network.ipynb #8709ed0e
 def _sgd(p, g, rate, optimizer, t):
@@ -237,17 +237,18 @@ def train_epoch(
     for batch in epoch_batches(parameters, X, Y, epoch, mean):
         results.append(gradients(parameters, layers, *batch))
         sizes.append(batch.Y.size)
-    costs, slopes = zip(*results)
+    costs, gradients_of = zip(*results)
     if parameters.aggregation == "best":
         best = best_batch(costs)
-        total, chosen = costs[best], slopes[best]
+        total, chosen = costs[best], gradients_of[best]
     else:
         total = mean_of(costs, sizes)
         chosen = [
-            tuple(mean_of(arrays, sizes) for arrays in zip(*pairs)) for pairs in zip(*slopes)
+            tuple(mean_of(arrays, sizes) for arrays in zip(*pairs))
+            for pairs in zip(*gradients_of)
         ]
     return total, [
-        step(parameters, layer, *slope, epoch) for layer, slope in zip(layers, chosen)
+        step(parameters, layer, *gradient, epoch) for layer, gradient in zip(layers, chosen)
     ]
 
 # %% ../../nbs/maths/04_network.ipynb #12573df3

@@ -189,9 +189,9 @@ def training_part(
             f"run {plan.run} was trained on {plan.images} images of {plan.size}x{plan.size} pixels, but the data has {found[0]} of {datasets.size}x{datasets.size}"
         )
     X, Y = datasets.train_x[kept].reshape(len(kept), -1), datasets.train_y[kept]
-    price, _ = next(train(plan.parameters, X, Y))
-    if record.costs and not np.isclose(price, record.costs[0], rtol=1e-4):
+    total, _ = next(train(plan.parameters, X, Y))
+    if record.costs and not np.isclose(total, record.costs[0], rtol=1e-4):
         raise InputError(
-            f"this is not the data of run {plan.run}: its first epoch cost {record.costs[0]:.6f}, and with this data it would cost {price:.6f}"
+            f"this is not the data of run {plan.run}: its first epoch cost {record.costs[0]:.6f}, and with this data it would cost {total:.6f}"
         )
     return X, Y

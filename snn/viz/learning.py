@@ -124,12 +124,12 @@ def progress(
 
 # %% ../../nbs/viz/04_learning.ipynb #8fc3da44
 def gradient_norm(
-    slopes: Sequence[
+    gradients: Sequence[
         tuple[np.ndarray, np.ndarray]
     ],  # (dW, db) per layer, as from `network.gradients`
 ) -> list[float]:  # per layer
     "Root mean square of each layer's dW."
-    return [float(np.sqrt(np.mean(dW * dW))) for dW, *_ in slopes]
+    return [float(np.sqrt(np.mean(dW * dW))) for dW, *_ in gradients]
 
 
 COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, INK]

@@ -15,7 +15,7 @@ from snn.estimate.designs import (
 )
 from snn.estimate.estimate import run_seconds
 from snn.estimate.figures import assumptions, priced, swings
-from snn.estimate.simulation import World, aws, on_aws, simulate
+from snn.estimate.simulation import Simulation, aws, on_aws, simulate
 from snn.estimate.work import epoch_work
 
 GRANULARITIES = ("neuron", "layer", "network")
@@ -65,15 +65,18 @@ def test_longer_waits_make_longer_epochs(granularity, book):
 
 
 def test_no_epoch_is_faster_than_its_chain_of_messages(book):
-    place = aws(book, jitter=0.0, straggler=0.0)
+    environment = aws(book, jitter=0.0, straggler=0.0)
     hop = book.latencies["invoke"].value + book.latencies["deliver"].value
     for granularity, hops in (("neuron", 4 * 4 + 2), ("layer", 4 * 4 + 2), ("network", 2)):
-        assert simulate(default_plan(granularity), place, 3).per_epoch > hops * hop
+        assert simulate(default_plan(granularity), environment, 3).per_epoch > hops * hop
 
 
 def test_no_more_functions_run_than_may(book):
-    place = msgspec.structs.replace(aws(book), concurrency=7)
-    outcome, free = simulate(default_plan(), place, 2), simulate(default_plan(), aws(book), 2)
+    environment = msgspec.structs.replace(aws(book), concurrency=7)
+    outcome, free = (
+        simulate(default_plan(), environment, 2),
+        simulate(default_plan(), aws(book), 2),
+    )
     assert outcome.peak <= 7 < free.peak and outcome.per_epoch > free.per_epoch
 
 
@@ -104,22 +107,25 @@ def test_a_higher_quota_is_never_slower_and_a_low_one_is_dear(granularity, book)
 def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
     "Of two messages the second waits for the first, which takes long: at 1, 3, 7 ... seconds it asks again."
     plan, waits = default_plan("neuron"), []
-    place = msgspec.structs.replace(aws(book), concurrency=1)
-    world = World(plan, place, 1, 0)
-    world.running = 1
+    environment = msgspec.structs.replace(aws(book), concurrency=1)
+    simulation = Simulation(plan, environment, 1, 0)
+    simulation.running = 1
 
     def ask():
-        yield from world.come_again("NeuronLambda")
-        waits.append(world.clock.now)
+        yield from simulation.come_again("NeuronLambda")
+        waits.append(simulation.clock.now)
 
     def free():
-        yield world.clock.timeout(700)
-        world.running = 0
+        yield simulation.clock.timeout(700)
+        simulation.running = 0
 
-    world.clock.process(ask())
-    world.clock.process(free())
-    world.clock.run()
-    assert waits == [1 + 2 + 4 + 8 + 16 + 32 + 64 + 128 + 256 + 300] and world.throttles == 10
+    simulation.clock.process(ask())
+    simulation.clock.process(free())
+    simulation.clock.run()
+    assert (
+        waits == [1 + 2 + 4 + 8 + 16 + 32 + 64 + 128 + 256 + 300]
+        and simulation.throttles == 10
+    )
 
 
 def test_a_failure_costs_its_retry(book):

@@ -14,7 +14,7 @@ from snn.cloud.services import Services
 from snn.cloud.store import Outbox, Store
 from snn.data import h5 as data
 from snn.estimate.designs import default_plan
-from snn.estimate.simulation import World, on_aws
+from snn.estimate.simulation import Simulation, on_aws
 from snn.handlers import invocation, launch, protocol
 from snn.handlers.upload import start
 from snn.lab.faults import LabBucket, LabBus
@@ -113,7 +113,7 @@ def real_exchanges(server, exchanges, chosen, path, epoch: int) -> Counter:
     return found
 
 
-class Counting(World):
+class Counting(Simulation):
     "A simulation that counts requests by step, but for those by which functions that stay ask for messages."
 
     def __init__(self, *arguments):
@@ -125,8 +125,8 @@ class Counting(World):
         yield from super().invocation(host, message)
         host.message = None
 
-    def leads(self, host, message):
-        yield from super().leads(host, message)
+    def may_still_win(self, host, message):
+        yield from super().may_still_win(host, message)
         return True
 
     def request(self, host, *arguments, **named):
@@ -168,8 +168,8 @@ def test_each_simulated_step_asks_the_server_as_often_as_the_real_one(
         residents=residents,
         batch_size=8,
     )
-    world = Counting(plan, msgspec.structs.replace(on_aws(plan, load()), warm=False), 3)
-    world.run()
-    assert {name: count for (epoch, name), count in world.found.items() if epoch == 1} == dict(
-        real
-    )
+    simulation = Counting(plan, msgspec.structs.replace(on_aws(plan, load()), warm=False), 3)
+    simulation.run()
+    assert {
+        name: count for (epoch, name), count in simulation.found.items() if epoch == 1
+    } == dict(real)
