@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'RULES', 'TAG', 'ENDPOINTS', 'FEW', 'ANEW', 'FIVE', 'Account', 'Inputs', 'check_words', 'check_login',
-           'describe', 'parameters_of', 'check_stack', 'check_bucket', 'check_connection', 'quota', 'zones',
-           'own_address', 'options_known', 'settings', 'last_time', 'kept', 'reserved', 'concurrency', 'check']
+           'describe', 'parameters_of', 'check_stack', 'check_bucket', 'artifacts_bucket', 'check_artifacts',
+           'check_connection', 'quota', 'zones', 'own_address', 'options_known', 'settings', 'last_time', 'kept',
+           'reserved', 'concurrency', 'check']
 
 # %% ../../nbs/deploy/03_inputs.ipynb #66a78428
 import re
@@ -62,12 +63,13 @@ QUESTIONS = {
 
 RULES = {
     "bucket": (
-        r"(?!xn--|sthree-|.*-s3alias$|.*--ol-s3$|.*\.\.|\d+\.\d+\.\d+\.\d+$)[a-z0-9][a-z0-9.-]{1,51}[a-z0-9]",
-        "it may have 3 to 53 lower-case letters, digits, dots and hyphens, and begins and ends with a letter or digit",
+        r"(?!xn--|sthree-|amzn-s3-demo-|.*-s3alias$|.*--(?:ol|x|table)-s3$|.*\.mrap$|.*\.\.|\d+\.\d+\.\d+\.\d+$)[a-z0-9][a-z0-9.-]{1,51}[a-z0-9]",
+        "it may have 3 to 53 lower-case letters, digits, dots and hyphens, begins and ends with a letter or digit, and "
+        "S3 keeps some beginnings (xn--, sthree-, amzn-s3-demo-) and ends (-s3alias, --ol-s3, --x-s3, --table-s3, .mrap) for itself",
     ),
     "stack": (
-        r"[A-Za-z][A-Za-z0-9-]{0,49}",
-        "it may have 1 to 50 letters, digits and hyphens, and begins with a letter",
+        r"[A-Za-z](?:[A-Za-z0-9-]{0,48}[A-Za-z0-9])?",
+        "it may have 1 to 50 letters, digits and hyphens, begins with a letter, and does not end in a hyphen",
     ),
     "github_user": (
         r"[A-Za-z0-9](?:[A-Za-z0-9]|-(?=[A-Za-z0-9])){0,38}",
@@ -177,6 +179,38 @@ def check_bucket(
     if found is None or found["StackStatus"] in ("ROLLBACK_COMPLETE", "REVIEW_IN_PROGRESS"):
         raise InputError(
             f"the bucket {inputs.bucket} exists already; the stack makes its own, so choose another name, or delete it"
+        )
+
+
+def artifacts_bucket(
+    inputs: Inputs,
+) -> str:
+    "Name of the bucket that holds templates and packages."
+    return f"{inputs.bucket}-artifacts"
+
+
+def check_artifacts(
+    account: Account,
+    inputs: Inputs,
+) -> None:
+    "Raise `InputError` if the bucket for templates and packages is there and can't be used."
+    name, owner = artifacts_bucket(inputs), account.client("sts").get_caller_identity()
+    try:
+        found = account.client("s3").head_bucket(
+            Bucket=name, ExpectedBucketOwner=owner["Account"]
+        )
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "NoSuchBucket"):
+            return
+        raise InputError(
+            f"the bucket {name}, for templates and packages, belongs to somebody else; "
+            f"choose a bucket name other than {inputs.bucket}"
+        ) from None
+    region = found.get("BucketRegion") or account.region
+    if region != account.region:
+        raise InputError(
+            f"the bucket {name}, for templates and packages, is in {region}, and the stack "
+            f"would be in {account.region}; choose a bucket name other than {inputs.bucket}"
         )
 
 # %% ../../nbs/deploy/03_inputs.ipynb #7e07d1a5
@@ -387,3 +421,4 @@ def check(
     check_connection(account, inputs)
     check_stack(account, inputs)
     check_bucket(account, inputs)
+    check_artifacts(account, inputs)

@@ -181,6 +181,10 @@ def examine(
             f"{where} does not allow this user what a run needs: {error}"
         ) from None
     except redis.ResponseError as error:
+        if "ACL failure" in str(error):  # within a script
+            raise InputError(
+                f"{where} does not allow this user what a run needs: {error}"
+            ) from None
         raise InputError(f"{where} can't keep a run: {error}") from None
     finally:
         client.close()
