@@ -27,6 +27,7 @@ def cloud():
     "A cloud that sends mails."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SNN_TOPIC", TOPIC)
+        patch.setenv("SNN_MODEL_COPY", "predict_input/params.h5")
         with LocalCloud() as opened:
             topic = opened.aws.client("sns").create_topic(Name="mails")["TopicArn"]
             queue = opened.sqs.create_queue(QueueName="mails")["QueueUrl"]
@@ -108,6 +109,7 @@ def test_after_its_end_the_model_is_put_in_place_again(
         key: cloud.bucket.get(f"training_results/{run}/{key}")
         for key in ("params.h5", "results.json", "run.json")
     }
+    assert cloud.bucket.get("predict_input/params.h5") == left["params.h5"]  # as it was asked
     cloud.bucket.put("prediction_input/params.h5", b"the Codebook's, of ten epochs")
     cloud.bucket.put("training_results/results.json", b"{}")
     names = cloud.services.runs.names()

@@ -17,6 +17,7 @@ from snn.data.photographs import square
 from snn.deploy.gate import Service, questions, said_of
 from snn.handlers.upload import make_plan
 from snn.local.pipeline import default_notebooks, run_notebook
+from snn.local.server import local_aws
 from snn.maths import model, network
 from snn.serve.answer import predict
 from snn.serve.model import Sources, load, model_id
@@ -146,19 +147,29 @@ def test_it_is_served_and_the_first_line_says_what_was_assumed(spawn, weights_al
 
 
 @pytest.mark.timeout(300)
-def test_the_analysis_reads_what_the_original_left(weights_alone, small_data, tmp_path):
+def test_the_analysis_reads_the_bucket_of_the_original(
+    weights_alone, small_data, tmp_path, monkeypatch
+):
     path, whole = weights_alone(size=8)
-    path.rename(tmp_path / "params.h5")
     costs = {f"epoch{i}": {"cost": 0.7 - i / 100} for i in range(9)}
-    times = {"Start": "2018-06-07 16:18:11.128182", "End": "2018-06-08 14:15:01.000001"}
-    (tmp_path / "results.json").write_text(
-        json.dumps({"Start": times["Start"], **costs, "End": times["End"]})
-    )
-    ran = run_notebook(
-        default_notebooks() / "Analysis.ipynb",
-        tmp_path / "ran.ipynb",
-        {"results": str(tmp_path), "data": str(small_data)},
-    )
+    start, end = "2018-06-07 16:18:11.128182", "2018-06-08 14:15:01.000001"
+    left = {
+        "training_results/results.json": json.dumps({"Start": start, **costs, "End": end}),
+        "prediction_input/params.h5": path.read_bytes(),
+        "training_input/datasets.h5": small_data.read_bytes(),
+    }
+    with local_aws() as aws:
+        for name, value in aws.environment().items():
+            monkeypatch.setenv(name, value)
+        s3 = aws.client("s3")
+        s3.create_bucket(Bucket="cats-of-2018")
+        for key, content in left.items():
+            s3.put_object(Bucket="cats-of-2018", Key=key, Body=content)
+        ran = run_notebook(
+            default_notebooks() / "Analysis.ipynb",
+            tmp_path / "ran.ipynb",
+            {"bucket": "cats-of-2018", "region": "us-east-1"},
+        )
     said = ran.read_text()
     evaluation = model.evaluate(whole, *data.read_test(small_data))
     assert "results of 2018, a 20-7-5-1 network" in said and ASSUMED in said
