@@ -591,3 +591,18 @@ def test_a_file_changed_by_chance_is_read_or_refused_with_a_sentence(
     assert tried.returncode == 0 or reader in ("data", "model") and tried.returncode < 0, (
         tried.stderr[-2000:]
     )
+
+
+@pytest.mark.parametrize(
+    "arguments, option",
+    [
+        (("train", "--data", "train.h5", "--data", "test.h5"), "--data"),
+        (("train", "--data=train.h5", "--data", "test.h5"), "--data"),
+        (("evaluate", "--model", "a", "--model", "b", "--data", "c"), "--model"),
+        (("data", "pack", "--cat", "a", "--cat", "b", "--non-cat", "c"), "--cat"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_not_silently_the_last(arguments, option, snn):
+    code, out, err = snn(*arguments)
+    assert (code, out) == (2, "")
+    assert err.strip() == f"{option} is given 2 times; it may be given once"
