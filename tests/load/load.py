@@ -1,4 +1,5 @@
-"""How much the service takes: requests a second and their durations at 1, 8 and 64 connections, and its memory over many requests.
+"""How much the service takes: requests a second and their durations at 1, 8 and 64 connections, its memory over many requests,
+and over many clients that leave.
 
     python tests/load/load.py [--seconds 10] [--requests 20000]
 
@@ -6,7 +7,9 @@ Starts `snn serve` with a made-up 20-7-5-1 network on this machine, asks it over
 
 import argparse
 import asyncio
+import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -160,6 +163,22 @@ def memory(port, request, most):
         )
 
 
+def leaving(port, request, most):
+    "Clients that send the beginning of a request, and go."
+    print(
+        f"\n{most:,} clients that leave at a random point\n\n| clients | resident MB |\n| --- | --- |"
+    )
+    chance = random.Random(0)
+    for done in range(0, most + 1, most // 4):
+        for _ in range(most // 4 if done else 0):
+            with socket.create_connection((HOST, port), timeout=10) as client:
+                client.sendall(request[: chance.randrange(1, len(request))])
+        resident = measured(port, "process_resident_memory_bytes") / 1e6
+        print(f"| {done:,} | {resident:.0f} |", flush=True)
+    text = urlopen(f"http://{HOST}:{port}/metrics").read().decode()
+    print(f"\nStatus 5xx: {len(re.findall('status=.5[0-9][0-9]', text))}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,6 +204,7 @@ def main():
             work(port, "320 x 240", middling)
             work(port, "1024 x 768", photo)
             memory(port, middling, options.requests)
+            leaving(port, middling, 2000)
             asyncio.run(load(port, upload(picture(4600, 3450)), 16, 20, 64))
             print(
                 f"\nAfter 64 photographs of 16 megapixels, 16 at a time: {measured(port, 'process_resident_memory_bytes') / 1e6:.0f} MB; "
