@@ -44,6 +44,12 @@ def _facts(package) -> dict:
     from snn.deploy.package import HANDLERS, cold_import
 
     imports = {module: cold_import(package, module) for module in HANDLERS[package.name]}
+    whole = {
+        module: cold_import(package, module, clients=True) for module in HANDLERS[package.name]
+    }
+    rounded = lambda times: {
+        module: round(found.seconds * 1000) for module, found in times.items() if found
+    }
     return {
         "name": package.name,
         "path": package.path,
@@ -51,9 +57,8 @@ def _facts(package) -> dict:
         "zipped": package.zipped,
         "unzipped": package.unzipped,
         "compiled": package.compiled,
-        "milliseconds": {
-            module: round(found.seconds * 1000) for module, found in imports.items() if found
-        },
+        "milliseconds": rounded(imports),
+        "milliseconds_with_clients": rounded(whole),
     }
 
 
@@ -92,8 +97,12 @@ def package(
 
 def _line(fact: dict) -> str:
     "A package in a few lines."
+    whole = fact["milliseconds_with_clients"]
+    clients = lambda module: (
+        f", {whole[module]} ms with the clients of AWS" if module in whole else ""
+    )
     imports = "".join(
-        f"\n  {module}: {milliseconds} ms to import"
+        f"\n  {module}: {milliseconds} ms to import{clients(module)}"
         for module, milliseconds in fact["milliseconds"].items()
     )
     return f"{fact['path']}: {fact['zipped'] / 1e6:.1f} MB ({fact['unzipped'] / 1e6:.1f} MB unzipped), SHA-256 {fact['sha256']}{imports}"

@@ -10,7 +10,7 @@ __all__ = ['ACCOUNT', 'NO_ACCOUNT', 'needs_no_account', 'surroundings', 'aws_cli
 import json
 import os
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from urllib.parse import urlsplit
 
 from .bucket import Bucket, Topic
@@ -118,6 +118,18 @@ class Services:
     ):
         self.environment = environment
         self._buckets: dict[str, Bucket] = {}
+        self.client = cache(lambda service: aws_client(service, environment))
+
+    def prepare(self) -> None:
+        "Make what needs no server, so that the first invocation needs no import: on Lambda before there is one."
+        names = {"SNN_FUNCTIONS": "lambda", "SNN_REDIS_SECRET": "secretsmanager"}
+        names |= {"SNN_TOPIC": "sns", "SNN_BUCKET": "s3"}
+        for name, service in names.items():
+            if self.environment.get(name):
+                self.client(service)
+        if self.environment.get("SNN_LEDGER") == "dynamodb":
+            self.client("dynamodb")
+        "".encode("idna")  # loads what a connection needs to look up a server's name
 
     @cached_property
     def store(self) -> Store:
@@ -135,9 +147,7 @@ class Services:
         if not arn:
             return None
         return json.loads(
-            aws_client("secretsmanager", self.environment).get_secret_value(SecretId=arn)[
-                "SecretString"
-            ]
+            self.client("secretsmanager").get_secret_value(SecretId=arn)["SecretString"]
         )["password"]
 
     @cached_property
@@ -150,7 +160,7 @@ class Services:
             return StoreLedger(self.store)
         return DynamoLedger(
             self.store,
-            aws_client("dynamodb", self.environment),
+            self.client("dynamodb"),
             self.environment.get("SNN_TABLES", ""),
             self.residents,
             self.runs.miss,
@@ -166,7 +176,7 @@ class Services:
         if not functions:
             return Queue(self.store, int(self.environment.get("SNN_WORKERS", "1")))
         return LambdaBus(
-            aws_client("lambda", self.environment),
+            self.client("lambda"),
             dict(zip(("LaunchLambda", "TrainerLambda", "NeuronLambda"), functions.split(","))),
             self.store,
             self.residents,
@@ -177,12 +187,12 @@ class Services:
         arn = self.environment.get("SNN_TOPIC", "")
         if not arn:
             return Topic()
-        return Topic(aws_client("sns", self.environment), arn, self.runs.miss)
+        return Topic(self.client("sns"), arn, self.runs.miss)
 
     def bucket(self, name: str) -> Bucket:
         "A bucket, by name."
         if name not in self._buckets:
-            self._buckets[name] = Bucket(aws_client("s3", self.environment), name)
+            self._buckets[name] = Bucket(self.client("s3"), name)
         return self._buckets[name]
 
 # %% ../../nbs/cloud/07_services.ipynb #084748f0

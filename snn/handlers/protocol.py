@@ -23,7 +23,7 @@ from ..cloud.deadline import with_deadline
 from ..cloud.messages import Direction, Message, Plan, block_count, blocks
 from ..cloud.services import Services, process_services
 from ..cloud.store import encode
-from ..cloud.telemetry import logged
+from ..cloud.telemetry import logged, on_lambda
 from . import neuron, trainer
 from .ending import end_early
 from snn.handlers.invocation import (
@@ -317,6 +317,10 @@ def lambda_handler(
     "What an event asks for."
     handle(msgspec.convert(event, Message), process_services())
     process_services().bus.settle()
+
+
+if on_lambda():
+    process_services().prepare()
 
 # %% ../../nbs/handlers/00_protocol.ipynb #8817d85d
 def stages(

@@ -44,6 +44,7 @@ def test_package_says_size_fingerprint_and_import_times(snn, tmp_path, packages)
     assert (
         len(list((tmp_path / "build").glob("*.zip"))) == 2
         and facts[0]["milliseconds"]["snn.handlers.protocol"] > 0
+        and facts[0]["milliseconds_with_clients"]["snn.handlers.protocol"] > 0
     )
 
 
