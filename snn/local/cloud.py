@@ -185,11 +185,7 @@ class LocalCloud:
 
     def _leave_server(self) -> None:
         "Take away what would stay for ever on a parameter server of somebody else's; the runs' values go by themselves in time."
-        hands = [
-            key(f"worker{i}")
-            for i in range(self.workers.count)
-            for key in (taken_by, meant_for)
-        ]
+        hands = [key(name) for name in self.workers.names for key in (taken_by, meant_for)]
         told = ["snn:refused", "snn:answered", "snn:waiting", "snn:missed"]
         lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", *told]
         try:

@@ -176,7 +176,7 @@ def test_workers_killed_over_and_over_at_any_moment_change_nothing(
             running = runs.knows(name) and runs.status(name).state == "running"
             if not running:
                 continue
-            process = cloud.workers.processes[f"worker{dice.randrange(cloud.workers.count)}"]
+            process = cloud.workers.processes[dice.choice(cloud.workers.names)]
             process.kill()
             hit += 1
             until(lambda: process not in cloud.workers.processes.values(), "it is replaced")

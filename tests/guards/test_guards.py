@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from snn.cloud.bucket import Upload
+from snn.cloud.bus import Queue
 from snn.cloud.messages import Message
 from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
@@ -22,6 +23,7 @@ from snn.handlers.protocol import epoch_messages
 from snn.handlers.upload import NAME, handle_upload, run_id
 from snn.lab.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
+from snn.local.worker import unique_names
 from snn.maths import model, network, sampling
 from snn.maths.parameters import from_dict
 
@@ -180,6 +182,17 @@ def test_an_opened_mini_batch_goes_by_itself(lab):
     client = store.client
     found = [key for key in client.scan_iter("{*/0}*")]
     assert len(found) == 2 and all(client.ttl(key) > 0 for key in found)
+
+
+def test_two_machines_do_not_take_each_others_work_in_hand(lab):
+    services = lab(small()).services
+    one, two = (Queue(services.store.adapter) for _ in range(2))
+    (first,), (second,) = unique_names(1), unique_names(1)
+    one.send([Message("TrainerLambda", "start", "demo", 0, 0)])
+    (taken,) = one.take(first, wait=0)
+    assert taken.function == "TrainerLambda" and two.take(second, wait=0) == []
+    assert two.recover(second) == 0
+    assert one.recover(first) == 1  # as whoever looks after it does when it has died
 
 
 # A run that goes on, and one that does not
