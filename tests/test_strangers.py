@@ -606,3 +606,12 @@ def test_an_option_that_is_given_twice_is_not_silently_the_last(arguments, optio
     code, out, err = snn(*arguments)
     assert (code, out) == (2, "")
     assert err.strip() == f"{option} is given 2 times; it may be given once"
+
+
+@pytest.mark.parametrize("form", [("--data", "s3://b//x.h5"), ("--data=s3://b//x.h5",)])
+def test_an_address_in_s3_is_no_file_and_keeps_its_slashes(form, snn):
+    code, out, err = snn("train", *form)
+    assert (code, out) == (2, "")
+    assert err.strip() == (
+        "s3://b//x.h5: --data takes a file on this machine; copy it here with aws s3 cp"
+    )

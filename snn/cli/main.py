@@ -57,6 +57,7 @@ class Once(TyperCommand):
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         given = args[: args.index("--")] if "--" in args else args
+        names = {name for option in self.params for name in option.opts}
         for option in self.params:
             if option.param_type_name != "option" or option.multiple or option.is_flag:
                 continue
@@ -68,6 +69,12 @@ class Once(TyperCommand):
             if count > 1:
                 raise InputError(
                     f"{option.opts[0]} is given {count} times; it may be given once"
+                )
+        for word, after in zip(given, [*given[1:], ""]):
+            name, _, value = word.partition("=")
+            if name in names and (value or after).startswith("s3://"):
+                raise InputError(
+                    f"{value or after}: {name} takes a file on this machine; copy it here with aws s3 cp"
                 )
         return super().parse_args(ctx, args)
 
