@@ -68,11 +68,14 @@ def test_train_says_its_outcome_as_json(training, small_data):
         "evaluation",
         "invocations",
         "duplicates",
+        "neurons",
         "seconds",
         "files",
+        "notes",
     ]
     assert outcome["reason"] == "all 6 epochs are done" and outcome["epochs"] == 6
     assert outcome["invocations"] == 1 + 6 * (1 + 3) and outcome["duplicates"] == 0
+    assert outcome["neurons"] == 5
     assert (
         outcome["evaluation"]["images"] == 42
         and sum(map(sum, outcome["evaluation"]["confusion"])) == 42
@@ -179,12 +182,13 @@ def test_a_training_says_what_a_person_wants_to_know(
         "train", "--data", small_data, "--epochs", 2, "--seed", 3, "--aggregation", "mean"
     )
     assert code == 0 and error.startswith(
-        "Training on 167 images of 8x8 pixels, granularity network."
+        "Training on 167 images of 8x8 pixels, the whole network in one invocation for each mini-batch."
     )
     for words in (
         "Trained 2 epochs",
         "final cost",
         "test accuracy",
+        "neurons         5",
         "invocations",
         "out/results.json",
         "out/params.h5",
@@ -457,7 +461,7 @@ def test_ctrl_c_reaches_workers_too_and_they_say_nothing(in_the_middle, tmp_path
     said, error = in_the_middle.communicate(timeout=20)
     assert in_the_middle.returncode == 130
     assert [line for line in error.splitlines() if not line.startswith("epoch ")] == [
-        "Training on 167 images of 8x8 pixels, granularity network.",
+        "Training on 167 images of 8x8 pixels, the whole network in one invocation for each mini-batch.",
         "Stopped. Nothing is left running.",
     ]
     assert_nothing_is_left(tmp_path, until)

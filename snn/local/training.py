@@ -157,6 +157,7 @@ class Outcome(NamedTuple):
     evaluation: model.Evaluation  # on the test images
     invocations: int  # attempts of all three functions, the upload's included
     duplicates: int  # of them, those that found their work done
+    neurons: int  # of the network
     seconds: float  # from the upload to the model
     files: dict[str, Path]
     notes: tuple[str, ...] = ()  # what could not be done, but for the results
@@ -289,6 +290,7 @@ def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: flo
         evaluation,
         sum(c.attempts for c in counts),
         sum(c.duplicates for c in counts),
+        sum(plan.parameters.sizes),
         seconds,
         {**files, **pictures},
         notes,

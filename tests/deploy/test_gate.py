@@ -214,7 +214,7 @@ def trained(drawn_data, root):
     "The original's network after 10 epochs, as the Codebook leaves it, and after 300, when it knows its cats."
     datasets = data.read(drawn_data)
     parameters = from_dict(
-        {**json.loads((root / "parameters.json").read_bytes()), "epochs": 300}
+        {**json.loads((root / "parameters-2018.json").read_bytes()), "epochs": 300}
     )
     models = {}
     for epoch, (_, layers) in enumerate(
