@@ -279,7 +279,8 @@ def deploy(
     if not endpoint_url and (count := asked.quota(account)) < asked.FEW:
         err.print(
             f"Lambda may run only {count} functions at once in this account and region, as in new accounts: more are turned away and "
-            "tried again seconds later, so granularity neuron will be slow; Service Quotas in the console raises it.",
+            f"tried again seconds later, so granularity neuron will be slow (snn estimate --quota {count} says how slow); "
+            "Service Quotas in the console raises it.",
             markup=False,
         )
     architecture = options["Architecture"]

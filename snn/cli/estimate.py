@@ -127,10 +127,14 @@ def estimate(
         Path | None,
         Option(help="A JSON file with prices, latencies and quotas that differ from ours."),
     ] = None,
+    quota: Annotated[
+        int | None,
+        Option(min=1, help="Functions that your account may run at once, as snn deploy says."),
+    ] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Say what a run on AWS will do, cost and take, before anything is deployed. Needs no network."
-    from snn.cloud.prices import load
+    from snn.cloud.prices import load, with_quota
     from snn.estimate import estimate as estimating
 
     if granularity not in (None, *GRANULARITIES):
@@ -138,6 +142,7 @@ def estimate(
             f"--granularity is {granularity}; it may be {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
         )
     chosen, book = chosen_parameters(parameters), load(prices, region)
+    book = with_quota(book, quota) if quota else book
     plan = estimating.planned(chosen, *estimating.data_size(data))
     found = estimating.estimates(
         plan, book, epochs, (granularity,) if granularity else GRANULARITIES

@@ -125,3 +125,15 @@ def test_without_simpy_it_says_what_brings_it(snn, file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "simpy", None)
     code, _, error = snn("estimate", "--parameters", file)
     assert code == 2 and "pip install 'snn[estimate]' brings it" in error
+
+
+def test_the_accounts_quota_makes_the_estimate_of_that_account(snn, root):
+    "As many functions at once as a new account may run, and as many as others."
+
+    def seconds(*words):
+        place = ("--parameters", root / "parameters.json", "--granularity", "neuron")
+        code, said, _ = snn("estimate", *place, "--json", *words)
+        assert code == 0
+        return json.loads(said)["estimates"]["neuron"]["seconds"]["value"]
+
+    assert seconds("--quota", "10") > 2 * seconds()

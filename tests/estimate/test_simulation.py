@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snn.cloud.prices import load
+from snn.cloud.prices import load, with_quota
 from snn.estimate.designs import (
     ORIGINAL_EPOCH,
     default_plan,
@@ -80,17 +80,12 @@ def test_no_more_functions_run_than_may(book):
     assert outcome.peak <= 7 < free.peak and outcome.per_epoch > free.per_epoch
 
 
-def quota_of(book, count):
-    quota = msgspec.structs.replace(book.quotas["concurrency"], value=count)
-    return book._replace(quotas={**book.quotas, "concurrency": quota})
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_higher_quota_is_never_slower_and_a_low_one_is_dear(granularity, book):
     "An event that finds no place comes again after 1, 2, 4 ... seconds. No luck: the quota alone differs."
     plan = default_plan(granularity)
     found = [
-        simulate(plan, on_aws(plan, quota_of(book, count), jitter=0.0, straggler=0.0), 4)
+        simulate(plan, on_aws(plan, with_quota(book, count), jitter=0.0, straggler=0.0), 4)
         for count in (10, 50, 1000)
     ]
     times = [run_seconds(outcome, 2957) for outcome in found]
@@ -102,6 +97,23 @@ def test_a_higher_quota_is_never_slower_and_a_low_one_is_dear(granularity, book)
     )
     if granularity == "neuron":
         assert times[0] > 3 * times[2] and found[0].throttles > found[1].throttles > 0
+
+
+def test_what_a_low_quota_costs_is_what_the_changelog_says(book, root):
+    "With AWS's luck; sixty epochs, since in a few of them luck weighs more than a quota of 50."
+    plan = default_plan("neuron")
+    found = [
+        simulate(plan, on_aws(plan, with_quota(book, count)), 60) for count in (10, 50, 1000)
+    ]
+    times = [run_seconds(outcome, 2957) for outcome in found]
+    assert times == sorted(times, reverse=True)
+    assert found[0].throttles > found[1].throttles > found[2].throttles == 0
+    assert round(times[0] / times[2]) == 4
+    said = (root / "CHANGELOG.md").read_text()
+    assert (
+        "quota of 10, a run at granularity neuron takes about four times as long"
+        in " ".join(said.split())
+    )
 
 
 def test_an_event_that_finds_no_place_comes_again_later_and_later(book):
