@@ -271,7 +271,7 @@ PARTS = [
 
 @pytest.fixture(scope="module")
 def page(root) -> str:
-    return (root / "docs" / "coming-from-the-original.md").read_text()
+    return (root / "nbs" / "coming-from-the-original.md").read_text()
 
 
 def test_every_part_of_the_original_has_its_rows_and_what_does_it_now(page, root):
@@ -279,7 +279,7 @@ def test_every_part_of_the_original_has_its_rows_and_what_does_it_now(page, root
         (section,) = re.findall(rf"^### {part}$(.*?)(?=^##|\Z)", page, re.M | re.S)
         rows = re.findall(r"^\| (.+) \| (.+) \|$", section, re.M)
         assert rows[0] == ("2018", "now") and len(rows) > 2 and all(now for _, now in rows)
-    assert "docs/coming-from-the-original.md" in (root / "README.md").read_text()
+    assert "nbs/coming-from-the-original.md" in (root / "README.md").read_text()
 
 
 def test_every_command_on_the_page_is_there_with_its_options(page, root):
