@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import datetime
@@ -383,10 +384,10 @@ def marked(mark: str) -> dict[int, str]:
 
 
 @pytest.fixture
-def place(tmp_path) -> dict[str, str]:
-    "An environment with a mark, and a temporary folder of its own."
-    (tmp_path / "tmp").mkdir()
-    return {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "SNN_TEST": tmp_path.name}
+def place(tmp_path):
+    "An environment with a mark, and a temporary folder of its own, of a name short enough for a socket."
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        yield {**os.environ, "TMPDIR": folder, "SNN_TEST": tmp_path.name}
 
 
 @pytest.fixture
@@ -407,7 +408,7 @@ def in_the_middle(spawn, parameters_file, small_data, tmp_path, place, until):
 
     def epochs_done() -> bool:
         assert process.poll() is None, process.communicate()
-        for path in (tmp_path / "tmp").glob("snn-*/server.sock"):
+        for path in Path(place["TMPDIR"]).glob("snn-*/server.sock"):
             try:
                 client = redis.Redis(unix_socket_path=str(path))
                 return any(
@@ -425,10 +426,10 @@ def in_the_middle(spawn, parameters_file, small_data, tmp_path, place, until):
     process.communicate()
 
 
-def assert_nothing_is_left(tmp_path, until):
+def assert_nothing_is_left(tmp_path, place, until):
     "No process of ours, no temporary folder, no file but what takes the run up again."
     until(lambda: not marked(tmp_path.name), "no process is left", 10)
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert list(Path(place["TMPDIR"]).iterdir()) == []
     left = [
         path.relative_to(tmp_path / "out")
         for path in (tmp_path / "out").rglob("*")
@@ -443,7 +444,9 @@ def assert_nothing_is_left(tmp_path, until):
 @pytest.mark.parametrize(
     "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_a_stopped_training_leaves_nothing(number, code, in_the_middle, tmp_path, until):
+def test_a_stopped_training_leaves_nothing(
+    number, code, in_the_middle, tmp_path, place, until
+):
     in_the_middle.send_signal(number)
     said, error = in_the_middle.communicate(timeout=20)
     assert (
@@ -451,12 +454,14 @@ def test_a_stopped_training_leaves_nothing(number, code, in_the_middle, tmp_path
         and said == ""
         and error.splitlines()[-1] == "Stopped. Nothing is left running."
     )
-    assert list((tmp_path / "tmp").iterdir()) == [], "at its end, not some time later"
-    assert_nothing_is_left(tmp_path, until)
+    assert list(Path(place["TMPDIR"]).iterdir()) == [], "at its end, not some time later"
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 @on_linux
-def test_ctrl_c_reaches_workers_too_and_they_say_nothing(in_the_middle, tmp_path, until):
+def test_ctrl_c_reaches_workers_too_and_they_say_nothing(
+    in_the_middle, tmp_path, place, until
+):
     os.killpg(in_the_middle.pid, signal.SIGINT)
     said, error = in_the_middle.communicate(timeout=20)
     assert in_the_middle.returncode == 130
@@ -464,17 +469,19 @@ def test_ctrl_c_reaches_workers_too_and_they_say_nothing(in_the_middle, tmp_path
         "Training on 167 images of 8x8 pixels, the whole network in one invocation for each mini-batch.",
         "Stopped. Nothing is left running.",
     ]
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 @on_linux
-def test_an_impatient_second_ctrl_c_leaves_nothing_either(in_the_middle, tmp_path, until):
+def test_an_impatient_second_ctrl_c_leaves_nothing_either(
+    in_the_middle, tmp_path, place, until
+):
     os.killpg(in_the_middle.pid, signal.SIGINT)
     time.sleep(0.05)
     if in_the_middle.poll() is None:
         os.killpg(in_the_middle.pid, signal.SIGINT)
     in_the_middle.communicate(timeout=20)
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 @on_linux
@@ -502,7 +509,7 @@ def test_ctrl_c_while_the_cloud_starts_leaves_nothing(
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in error, error
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 @on_linux
@@ -535,19 +542,21 @@ def test_a_training_under_nohup_outlives_its_terminal(
         process.wait(0.5)
     process.terminate()
     process.communicate(timeout=20)
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 @on_linux
 def test_servers_and_workers_vanish_when_their_program_is_killed(
-    in_the_middle, tmp_path, until
+    in_the_middle, tmp_path, place, until
 ):
     in_the_middle.kill()
     in_the_middle.communicate()
     until(
-        lambda: not list((tmp_path / "tmp").glob("snn-*")), "the servers' folders are gone", 10
+        lambda: not list(Path(place["TMPDIR"]).glob("snn-*")),
+        "the servers' folders are gone",
+        10,
     )
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
 
 
 # local
@@ -618,4 +627,4 @@ def test_local_says_what_to_export_and_trains_what_is_uploaded(
     assert process.wait(20) == 130
     complained.join(5)
     assert complained.lines == ["Stopped. Nothing is left running."]
-    assert_nothing_is_left(tmp_path, until)
+    assert_nothing_is_left(tmp_path, place, until)
