@@ -70,7 +70,8 @@ class Runs:
 
     def status(self, run: str) -> Status:
         "How far a run is."
-        value = self.store.now("HGET", f"{tag(run)}:run", "status")
+        status, stopped = self.store.now("HMGET", f"{tag(run)}:run", "status", "stopped")
+        value = stopped or status  # an epoch that was ending meanwhile says "running"
         return msgspec.json.decode(value, type=Status) if value else Status()
 
     def update(self, run: str, status: Status) -> None:
@@ -91,8 +92,9 @@ class Runs:
 
     def stop(self, plan: Plan, state: str, reason: str) -> None:
         "End a run now: every mini-batch refuses further work."
-        status = self.status(plan.run)
-        self.update(plan.run, msgspec.structs.replace(status, state=state, reason=reason))
+        change, now = msgspec.structs.replace, time.time()
+        ended = change(self.status(plan.run), state=state, reason=reason, updated=now)
+        self.client.hset(f"{tag(plan.run)}:run", "stopped", msgspec.json.encode(ended))
         for batch in (ALL, *range(plan.batches)):
             self.client.hset(tag(plan.run, batch), "stopped", 1)
         self.store.flush()

@@ -269,6 +269,7 @@ def test_new_code_goes_to_the_functions_that_it_is_of(account, inputs, packages,
         "SecurityGroup": "sg-1",
         "CacheUrl": "rediss://there",
         "CacheSecret": "arn:there",
+        "ModelCopy": "",
         **{
             name: artifacts[name]
             for name in ("Artifacts", "LaunchPackage", "TrainingPackage", "Architecture")

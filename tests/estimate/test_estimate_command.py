@@ -131,7 +131,7 @@ def test_the_accounts_quota_makes_the_estimate_of_that_account(snn, root):
     "As many functions at once as a new account may run, and as many as others."
 
     def seconds(*words):
-        place = ("--parameters", root / "parameters.json", "--granularity", "neuron")
+        place = ("--parameters", root / "parameters-2018.json", "--granularity", "neuron")
         code, said, _ = snn("estimate", *place, "--json", *words)
         assert code == 0
         return json.loads(said)["estimates"]["neuron"]["seconds"]["value"]

@@ -60,7 +60,7 @@ def test_metrics_that_fail_do_not_fail_what_they_measure(monkeypatch, capsys):
     monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "Cats-LaunchLambda")
     monkeypatch.setenv("POWERTOOLS_SERVICE_NAME", "Cats")
     handled = []
-    handler = telemetry.told(
+    handler = telemetry.logged(
         lambda event, context: handled.append(event) or telemetry.note("x", Cost="a word")
     )
     context = type("Context", (), {"aws_request_id": "1"})

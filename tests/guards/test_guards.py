@@ -198,6 +198,17 @@ def test_two_machines_do_not_take_each_others_work_in_hand(lab):
 # A run that goes on, and one that does not
 
 
+def test_an_epoch_that_ends_while_the_run_is_stopped_does_not_say_that_it_runs(lab):
+    begun = lab(small())
+    runs = begun.services.runs
+    status = runs.status(begun.run)  # read by an epoch that is about to end
+    end_early(runs.plan(begun.run), begun.services, "stopped", "its owner said so")
+    runs.update(begun.run, msgspec.structs.replace(status, epoch=1, cost=0.5))
+    begun.services.store.flush()
+    found = runs.status(begun.run)
+    assert found.state == "stopped" and found.reason == "its owner said so"
+
+
 class Died(BaseException):
     "What kills a process between two of its requests."
 
