@@ -166,11 +166,15 @@ def test_while_it_runs_and_after_it_was_stopped(
     text = again(mails, run)[1]
     assert "had stopped (its owner asked for it" in text
     assert "goes on from its checkpoint after" in text
-    assert runs.newest(run) == f"{run}~1" and runs.status(f"{run}~1").state == "running"
-    assert not cloud.bucket.keys(stopped)
+    life = f"{run}~1"
+    until(
+        lambda: runs.newest(run) == life and runs.status(life).state == "running", "it goes on"
+    )
+    until(lambda: not cloud.bucket.keys(stopped), "it is no stopped run any more")
     for name, value in cloud.environment.items():
         monkeypatch.setenv(name, value)
-    assert snn("stop", run)[0] == 0 and cloud.bucket.keys(stopped)
+    assert snn("stop", run)[0] == 0
+    until(lambda: cloud.bucket.keys(stopped), "it is stopped again")
 
 
 def test_a_failed_run_without_a_checkpoint_begins_anew(
