@@ -9,18 +9,21 @@ from urllib.request import urlopen
 
 import h5py
 import msgspec
+import nbformat
 import numpy as np
 import pytest
+from nbconvert import HTMLExporter
 from starlette.testclient import TestClient
 
 from snn.cloud.services import Services
 from snn.data import h5 as data
 from snn.live.host import stage_on
 from snn.live.page import create
-from snn.live.widget import reply, stage_of
+from snn.live.widget import Live, reply, stage_of
 from snn.local import training
 from snn.replay.compute import replay_on
 from snn.replay.record import read_record, training_part
+from snn.viz.style import sheet
 
 DRAWN = dict(
     augment={"flip": True, "shift": 2},
@@ -137,6 +140,25 @@ def test_the_kernel_answers_as_the_server_does(browser, ended):
     told, _ = reply(ended, {"id": 8, "path": "run"})
     assert told["value"] == browser.get("/run", params={"token": ended.token}).json()
     assert "error" in reply(ended, {"id": 9, "path": "../etc/passwd"})[0]
+
+
+def test_the_widget_needs_no_web_server():
+    program = "import sys; sys.modules['starlette'] = None; import snn.live.widget"
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+def test_the_widget_leaves_a_picture_where_there_is_no_kernel(watched, small_data):
+    "In an exported page, which knows nothing of widgets."
+    pytest.importorskip("anywidget", reason="anywidget is not installed: bin/venv test")
+    record = read_record(watched[1] / "watched")
+    widget = Live(record, data.read(small_data), still=sheet(2, 1, "As it was"))
+    kept, said = widget._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in kept
+    output = nbformat.v4.new_output("display_data", kept, metadata=said)
+    cell = nbformat.v4.new_code_cell("Live(run)", outputs=[output])
+    exporter = HTMLExporter(template_name="lab")
+    page, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert kept["image/png"] in page and "widget-view" not in page
 
 
 def test_a_film_of_a_long_run_stays_small(ended, parameters):

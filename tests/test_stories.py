@@ -497,6 +497,9 @@ def test_the_explanation_has_the_numbers_in_it(run_folder, small_datasets, direc
         else (found.da[i], found.dz[i], np.abs(found.dw).max(), abs(found.db))
     ):
         assert f"{number:.6g}" in text
+    assert max(map(len, text.splitlines())) <= 95, "what a terminal or a notebook shows"
+    flat = " ".join(text.split())
+    assert json.dumps(msgspec.to_builtins(found.message)) in flat, "no number is broken in two"
     assert json.loads(json.dumps(as_dict(found)))["neuron"] == 1
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from snn.maths import model, network
-from snn.viz import answers, learning, neurons, speed, structure, style
+from snn.viz import answers, graph, learning, neurons, speed, structure, style
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,10 @@ PICTURES = {
     ),
     "progress": lambda trained, images: learning.progress([0.7, 0.6], 10, "cost 0.6"),
     "progress before the first epoch": lambda trained, images: learning.progress([], 10),
+    "training and test": lambda trained, images: learning.training_and_test(
+        [0, 5, 10], [0.7, 0.3, 0.1], [0.7, 0.4, 0.5], [0.7] * 10
+    ),
+    "graph": lambda trained, images: graph.computation_graph(graph.example()),
     "gradients": lambda trained, images: learning.gradient_norms([[1e-3, 0, 1], [1e-4, 0, 2]]),
     "weights": lambda trained, images: learning.weights_over_epochs(
         [(-1, trained.layers), (5, trained.layers)], 8
@@ -184,15 +188,48 @@ def test_no_text_is_too_small_to_be_read(picture):
 def test_a_picture_is_a_small_png_with_a_description(picture):
     png, metadata = picture._repr_png_()
     assert (
-        Image.open(BytesIO(png)).width == round(picture.get_figwidth() * 100)
-        and len(png) < 100_000
-    )
+        Image.open(BytesIO(png)).width
+        == 2 * metadata["width"]
+        == 2 * round(picture.get_figwidth() * 100)
+    ), "two pixels for each of the page"
+    assert len(png) < 100_000
     assert metadata["alt"] == picture.description
     assert picture.description or picture.get_suptitle() == ""
 
 
+def test_the_computation_graph_shows_every_number_of_its_network():
+    shown = graph.example()
+    (W1, b1), (W2, b2) = shown.layers
+    X, A1, Y = shown.x, shown.A[0], np.array([[shown.y]])
+    dZ1 = (W2.T @ (shown.A[1] - Y)) * (W1 @ X + b1 > 0)
+    np.testing.assert_allclose(A1, np.maximum(W1 @ X + b1, 0))
+    np.testing.assert_allclose(shown.dW[1], (shown.A[1] - Y) @ A1.T)
+    np.testing.assert_allclose(shown.dW[0], dZ1 @ X.T)
+    np.testing.assert_allclose(shown.dX, W1.T @ dZ1)
+    assert (A1[0] > 0) and (A1[1] == 0), "one ReLU is open, and one is closed"
+    said = " ".join(text.get_text() for text in texts(graph.computation_graph(shown)))
+    for name, values in [
+        ("x", shown.x), ("dx", shown.dX), ("z", shown.Z[0]), ("dz", shown.dZ[0]),
+        ("a", shown.A[0]), ("da", shown.dA[0]), ("db", shown.db[0]),
+    ]:  # fmt: skip
+        for j, value in enumerate(values[:, 0]):
+            assert f"{name}{j} = {value:.3f}" in said
+    for j, k in np.ndindex(2, 2):
+        assert f"w{j}{k} = {W1[j, k]:g}\ndw{j}{k} = {shown.dW[0][j, k]:.3f}" in said
+    assert f"da = {shown.dA[1][0, 0]:.3f}" in said and f"{shown.cost:.3f}" in said
+    assert "dx0 = w00 · dz0 + w10 · dz1 = (0.5) · (-0.378) + (0.5) · (0.000) = -0.189" in said
+
+
 def test_curves_say_what_their_axes_are(trained, images):
-    for name in ("cost", "gradients", "roc", "trust", "alive", "timeline"):
+    for name in (
+        "cost",
+        "training and test",
+        "gradients",
+        "roc",
+        "trust",
+        "alive",
+        "timeline",
+    ):
         figure = PICTURES[name](trained, images)
         assert figure.axes[0].get_xlabel() and figure.axes[0].get_title(), name
 

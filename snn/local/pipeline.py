@@ -122,6 +122,7 @@ def run_notebook(
             language="python",
             progress_bar=progress,
             cwd=str(notebook.parent),
+            store_widget_state=False,  # without a kernel a widget is dead; its picture is not
             execution_timeout=longest,
             extra_arguments=["--log-level=CRITICAL"],
         )  # of the kernel, which else complains of being stopped

@@ -7,6 +7,7 @@ __all__ = ['shown_image', 'explain', 'as_dict']
 
 # %% ../../nbs/replay/03_explain.ipynb #0b823573
 import json
+import textwrap
 
 import msgspec
 import numpy as np
@@ -141,8 +142,15 @@ def explain(
         f"Image {found.images[i]}, a {kind}"
         + ("" if found.a[i] > 0 else "; the neuron fires for no image"),
     ]
-    return "\n".join(
-        head + (_forward_lines if found.direction == "forward" else _backward_lines)(found, i)
+    lines = _forward_lines if found.direction == "forward" else _backward_lines
+    return "\n".join(_wrapped(line) for line in head + lines(found, i))
+
+
+def _wrapped(line: str) -> str:
+    "A long line in several, broken between words and never within a number."
+    indent = " " * (2 + len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line, 95, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 # %% ../../nbs/replay/03_explain.ipynb #b841ad81

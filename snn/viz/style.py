@@ -34,6 +34,7 @@ class Sheet(Figure):
     "A matplotlib figure that a notebook shows as a small PNG with a description."
 
     colours = 64  # of a PNG with pictures on it
+    finer = 2  # pixels of the PNG for each of the screen: letters stay sharp where it has many
 
     @property
     def description(self) -> str:
@@ -50,7 +51,7 @@ class Sheet(Figure):
     def png(self) -> bytes:
         "The sheet as a PNG of few colours, chosen so that no line loses its own."
         drawn, small = BytesIO(), BytesIO()
-        self.savefig(drawn, format="png", dpi=self.dpi)
+        self.savefig(drawn, format="png", dpi=self.finer * self.dpi)
         pictures = any(axis.images for axis in self.axes)
         chosen = (
             {"colors": self.colours, "kmeans": 1}
@@ -63,7 +64,8 @@ class Sheet(Figure):
         return small.getvalue()
 
     def _repr_png_(self) -> tuple[bytes, dict]:
-        return self.png(), {"alt": self.description}
+        width = round(self.get_figwidth() * self.dpi)
+        return self.png(), {"alt": self.description, "width": width}
 
 # %% ../../nbs/viz/01_style.ipynb #c0d3635f
 def sheet(

@@ -14,7 +14,7 @@ from snn.estimate.designs import (
     with_residents,
 )
 from snn.estimate.estimate import run_seconds
-from snn.estimate.figures import assumptions, priced, swings
+from snn.estimate.figures import assumptions, priced, swings, tornado
 from snn.estimate.simulation import Simulation, aws, on_aws, simulate
 from snn.estimate.work import epoch_work
 
@@ -198,3 +198,8 @@ def test_the_tornado_moves_every_assumption_that_has_a_range(book):
     }
     widths = [abs(swing.high - swing.low) for swing in found]
     assert widths == sorted(widths, reverse=True) and widths[0] > 0
+    names = [
+        tick.get_text() for tick in tornado(found, 1.0, most=99).axes[0].get_yticklabels()
+    ]
+    assert len(names) == len(found)
+    assert not [name for name in names if "_" in name], "words, and no names of keys"
