@@ -20,6 +20,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The tests bring their own servers and settings.
 for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"):
     os.environ.pop(name, None)
+# As bin/test does: where containers set it, each of a thousand processes would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No test asks the real AWS, least of all with the keys of whoever runs it.
 os.environ |= {

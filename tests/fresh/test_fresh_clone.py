@@ -118,6 +118,7 @@ SETTINGS = {
     "PIP_USER": "1",
     "PIP_REQUIRE_VIRTUALENV": "1",
     "PIP_CONSTRAINT": "/nowhere/constraints.txt",
+    "PYTHONDONTWRITEBYTECODE": "1",  # as in many containers
 }
 
 
@@ -138,6 +139,8 @@ def test_the_users_settings_and_temporary_folder_change_nothing(clone, train, tm
     train(clone / "bin" / "train", mine, **settings)
     assert code_of(clone).is_relative_to(clone)
     assert not (tmp_path / "elsewhere").exists()
+    compiled = list((clone / "snn" / "handlers").glob("__pycache__/*.pyc"))
+    assert compiled, "each process compiles anew what it imports"
     assert not list(temporary.iterdir())
 
 
