@@ -16,9 +16,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from ..cloud.ledger import FUNCTIONS
 from ..cloud.messages import Plan
 from .designs import default_plan
-from .simulation import FUNCTIONS, Environment, simulate
+from .simulation import Environment, simulate
 from ..handlers.upload import run_id
 from ..local.cloud import LocalCloud
 from ..local.worker import cores
@@ -71,7 +72,6 @@ def here(
             dict.fromkeys(FUNCTIONS, workers),
             cores=cores(),
             ledger=False,
-            costs=False,
         )
     return Environment(
         all_times,
@@ -79,7 +79,6 @@ def here(
         dict.fromkeys(FUNCTIONS, workers) | {"LaunchLambda": 3},
         cores=cores(),
         ledger=False,
-        costs=False,
         scaling=1e6,
     )
 

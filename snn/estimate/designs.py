@@ -89,7 +89,7 @@ def with_residents(
 # %% ../../nbs/estimate/03_designs.ipynb #85ec036e
 def designs(
     book: Book,
-    messages: int = 1000,  # of each design that are simulated, about
+    messages: int = 3000,  # of each design that are simulated, about
     granularities: tuple[str, ...] = ("neuron", "layer", "network"),
 ) -> dict[str, Outcome]:  # by design
     "The default network on AWS: the original's design, ours, and functions that stay."
