@@ -40,6 +40,7 @@ class File(Struct, frozen=True, forbid_unknown_fields=True):
     setup: dict[str, Number]
     latencies: dict[str, Number]
     quotas: dict[str, Number]
+    standing: dict[str, Number]
 
 
 class Book(NamedTuple):
@@ -50,6 +51,7 @@ class Book(NamedTuple):
     setup: dict[str, Number]
     latencies: dict[str, Number]
     quotas: dict[str, Number]
+    standing: dict[str, Number]
 
 # %% ../../nbs/cloud/08_prices.ipynb #cf98e667
 OURS = Path(cloud.__file__).with_name("prices.json")
@@ -133,7 +135,7 @@ def load(
         raise InputError(
             f"there are no prices for {region}, only for {', '.join(file.prices)}; --prices takes a file that has them"
         )
-    return Book(region, prices, file.setup, file.latencies, file.quotas)
+    return Book(region, prices, file.setup, file.latencies, file.quotas, file.standing)
 
 
 def with_quota(
