@@ -6,10 +6,9 @@ import re
 import h5py
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
-from snn.cli.main import app as commands
+from snn.cli.main import command as command_of
 from snn.cloud.bucket import Upload
 from snn.data import h5 as data
 from snn.data import models
@@ -283,7 +282,6 @@ def test_every_part_of_the_original_has_its_rows_and_what_does_it_now(page, root
 
 
 def test_every_command_on_the_page_is_there_with_its_options(page, root):
-    app = typer.main.get_command(commands)
     asked = re.findall(r"`(?:\.venv/bin/)?(snn|bin/\w+)( [^`]*)?`", page)
     assert len(asked) > 15
     for program, words in asked:
@@ -293,7 +291,7 @@ def test_every_command_on_the_page_is_there_with_its_options(page, root):
             words.insert(
                 0, {"bin/deploy": "deploy", "bin/destroy": "destroy"}.get(program, "train")
             )
-        command = app.commands[words[0]]
+        command = command_of(words[0])
         command = command.commands[words[1]] if words[0] == "data" else command
         known = {
             name
