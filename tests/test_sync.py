@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,32 @@ def test_the_rooms_are_listed_in_the_order_of_their_imports():
     for path in (ROOT / "snn").glob("*/*.py"):
         allowed = ["errors", *listed[: listed.index(path.parent.name) + 1]]
         assert imported(path) <= set(allowed), path
+
+
+def modules_of(path: Path) -> set[str]:
+    "The modules of ours that a module imports, at its top, in a function, or by their names."
+    tree, known = ast.parse(path.read_text()), {dotted(other) for other in MODULES}
+    package, found = list(path.relative_to(ROOT).parts[:-1]), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            whole = ".".join([*start, *([node.module] if node.module else [])])
+            found |= {whole, *(f"{whole}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
+            found |= {argument.value for argument in node.args if hasattr(argument, "value")}
+    return found & known
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_no_module_imports_one_that_imports_it():
+    "Neither directly nor through others, nor by its name when it is needed."
+    every = {dotted(path): modules_of(path) for path in MODULES if path.stem != "__init__"}
+    assert "snn.handlers.epoch" in every["snn.handlers.protocol"]
+    order = list(TopologicalSorter(every).static_order())  # raises CycleError
+    assert order.index("snn.handlers.epoch") < order.index("snn.handlers.protocol")
 
 
 SWEEPING = {

@@ -7,12 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from snn.cloud.messages import ALL
+from snn.cloud.messages import ALL, epoch_messages
 from snn.cloud.store import decode
 from snn.data import h5 as data
 from snn.handlers.protocol import (
     after_epoch,
-    epoch_messages,
     invocations_per_epoch,
     stages,
 )

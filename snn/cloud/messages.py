@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Function', 'Direction', 'ALL', 'MOST_BATCHES', 'LARGEST_VALUE', 'LAMBDA', 'Message', 'Plan', 'blocks', 'block_count',
-           'memory_here', 'weight_bytes', 'in_words', 'check_run']
+           'epoch_messages', 'memory_here', 'weight_bytes', 'in_words', 'check_run']
 
 # %% ../../nbs/cloud/01_messages.ipynb #ee53588b
 import os
@@ -97,6 +97,21 @@ def block_count(
 ) -> int:
     "How many NeuronLambdas a layer is divided among: counted, as a neuron that lists 2,000 others at its end is slow."
     return parameters.sizes[layer - 1] if parameters.granularity == "neuron" else 1
+
+# %% ../../nbs/cloud/01_messages.ipynb #02a4a367
+def epoch_messages(
+    plan: Plan,
+    epoch: int,
+    source: str,  # of the weights
+    hop: int,
+) -> list[Message]:
+    "An epoch begins: one message per mini-batch."
+    whole = plan.parameters.granularity == "network"
+    first = ("NeuronLambda", "network") if whole else ("TrainerLambda", "start")
+    return [
+        Message(*first, plan.run, epoch, batch, source=source, hop=hop)
+        for batch in range(plan.batches)
+    ]
 
 # %% ../../nbs/cloud/01_messages.ipynb #26b4d866
 MOST_BATCHES = 7000  # of an epoch; a script on the parameter server takes no more than about 8,000 names at once

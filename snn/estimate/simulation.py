@@ -21,13 +21,13 @@ import numpy as np
 from msgspec import Struct
 
 from ..cloud.ledger import FUNCTIONS
-from ..cloud.messages import Message, Plan
+from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.prices import Book
 from ..cloud.residents import seat_counts
 from ..cloud.store import MASTER
 from ..errors import InputError
 from .trace import Exchange, Trace, images_in, recorded
-from ..handlers.protocol import epoch_messages, invocations_per_epoch, step_of
+from ..handlers.protocol import invocations_per_epoch, step_of
 
 # %% ../../nbs/estimate/02_simulation.ipynb #377984ea
 class Environment(Struct, frozen=True):

@@ -17,7 +17,7 @@ from msgspec import Struct, field
 
 from ..cloud.bus import Queue
 from ..cloud.ledger import FUNCTIONS, Count, StoreLedger
-from ..cloud.messages import Message, Plan
+from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.runs import Status
 from ..cloud.services import Services
 from ..cloud.store import Store, encode, key, tag
@@ -300,7 +300,7 @@ class Recording:
 
     def messages(self, learn: bool):
         "A message of each kind, in an order in which each finds what it needs."
-        starts = protocol.epoch_messages(self.short, 1, "0/0", 0)
+        starts = epoch_messages(self.short, 1, "0/0", 0)
         yield Message("LaunchLambda", "start", self.plan.run, 0)
         for start in starts:
             for stage in protocol.stages(self.short, start):

@@ -11,9 +11,9 @@ from collections import Counter
 from msgspec import Struct, field
 
 from ..cloud.ledger import FUNCTIONS
-from ..cloud.messages import Message, Plan
+from ..cloud.messages import Message, Plan, epoch_messages
 from .trace import is_rest, recorded
-from ..handlers.protocol import after_epoch, epoch_messages, stages
+from ..handlers.protocol import after_epoch, stages
 
 # %% ../../nbs/estimate/01_work.ipynb #33cbaa5c
 class Work(Struct):

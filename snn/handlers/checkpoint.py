@@ -14,13 +14,12 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Message, Plan, blocks
+from ..cloud.messages import Message, Plan, blocks, epoch_messages
 from ..cloud.meter import uploaded_at
 from ..cloud.runs import Status
 from ..cloud.services import Services
 from ..cloud.store import BEST, MASTER, decode, encode
 from .invocation import network_at
-from .protocol import epoch_messages
 from ..maths.network import Layer, rows
 
 # %% ../../nbs/handlers/04_checkpoint.ipynb #03fd2672

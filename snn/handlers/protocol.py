@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'nothing', 'layer_before', 'layer_and_gradient', 'forward_rows', 'backward_rows', 'costs', 'of_the_block',
-           'of_the_layer', 'of_the_network', 'nobody', 'the_layer', 'the_epoch', 'the_epoch_at_last', 'epoch_messages',
-           'first_epoch', 'next_epoch', 'layer_messages', 'first_layer', 'next_layer', 'layer_below', 'after_layer',
-           'after_epoch', 'begin_mini_batch', 'begin_run', 'end_epoch', 'Step', 'step_of', 'join_epoch', 'finish',
-           'handle', 'lambda_handler', 'stages', 'missing', 'invocations_per_epoch', 'hops_per_epoch', 'hop_budget',
-           'Runaway', 'check_hops']
+           'of_the_layer', 'of_the_network', 'nobody', 'the_layer', 'the_epoch', 'the_epoch_at_last', 'first_epoch',
+           'next_epoch', 'layer_messages', 'first_layer', 'next_layer', 'layer_below', 'after_layer', 'after_epoch',
+           'begin_mini_batch', 'begin_run', 'end_epoch', 'Step', 'step_of', 'join_epoch', 'finish', 'handle',
+           'lambda_handler', 'stages', 'missing', 'invocations_per_epoch', 'hops_per_epoch', 'hop_budget', 'Runaway',
+           'check_hops']
 
 # %% ../../nbs/handlers/00_protocol.ipynb #f639060c
 import time
@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct
 
 from ..cloud.deadline import with_deadline
-from ..cloud.messages import Direction, Message, Plan, block_count, blocks
+from ..cloud.messages import Direction, Message, Plan, block_count, blocks, epoch_messages
 from ..cloud.services import Services, process_services
 from ..cloud.store import encode
 from ..cloud.telemetry import logged, on_lambda
@@ -107,21 +107,6 @@ def the_epoch_at_last(plan: Plan, message: Message) -> int:
     return plan.batches if message.layer == 1 else 0
 
 # %% ../../nbs/handlers/00_protocol.ipynb #cd6052ee
-def epoch_messages(
-    plan: Plan,
-    epoch: int,
-    source: str,  # of the weights
-    hop: int,
-) -> list[Message]:
-    "An epoch begins: one message per mini-batch."
-    whole = plan.parameters.granularity == "network"
-    first = ("NeuronLambda", "network") if whole else ("TrainerLambda", "start")
-    return [
-        Message(*first, plan.run, epoch, batch, source=source, hop=hop)
-        for batch in range(plan.batches)
-    ]
-
-
 def first_epoch(plan: Plan, message: Message) -> list[Message]:
     "trainer start (or neuron network) × mini-batch"
     return epoch_messages(plan, 0, "", message.hop + 1)
@@ -192,7 +177,9 @@ def begin_run(call: Invocation) -> Arrays:
 
 def end_epoch(call: Invocation) -> Arrays:
     "the next weights; at the end, the results"
-    return import_module("snn.handlers.launch").end_epoch(call)
+    return import_module("snn.handlers.epoch").end_epoch(
+        call
+    )  # in LaunchLambda's package only
 
 
 class Step(Struct, frozen=True, kw_only=True):

@@ -6,11 +6,11 @@
 __all__ = ['waits_for', 'mend', 'lost', 'progress', 'watch']
 
 # %% ../../nbs/handlers/05_watch.ipynb #01165410
-from ..cloud.messages import Message, Plan
+from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.services import Services
 from ..cloud.telemetry import note
 from . import checkpoint
-from .protocol import epoch_messages, hops_per_epoch, missing
+from .protocol import hops_per_epoch, missing
 
 # %% ../../nbs/handlers/05_watch.ipynb #ff66c532
 def waits_for(

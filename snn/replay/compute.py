@@ -11,15 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from snn.cloud.messages import (
-    Message,
-    Plan,
-)
+from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.store import MASTER
 from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.checkpoint import unpack
-from ..handlers.protocol import epoch_messages, stages
+from ..handlers.protocol import stages
 from ..maths.augment import masked, prepare
 from snn.maths.network import (
     Layer,

@@ -12,8 +12,8 @@ from snn.cloud.runs import Status
 from snn.data import h5 as data
 from snn.errors import InputError
 from snn.estimate.designs import default_plan
-from snn.handlers import launch
-from snn.handlers.launch import over_limit
+from snn.handlers import epoch
+from snn.handlers.epoch import over_limit
 from snn.local.cloud import LocalCloud
 from snn.maths import network, sampling
 from snn.maths.parameters import from_dict
@@ -179,7 +179,7 @@ def test_the_deadline_counts_the_next_epoch_too(now, goes_on, parameters, monkey
         parameters=msgspec.structs.replace(plan.parameters, deadline=20.0),
     )
     began = uploaded_at(plan)
-    monkeypatch.setattr(launch.time, "time", lambda: began + now)
+    monkeypatch.setattr(epoch.time, "time", lambda: began + now)
     why = over_limit(plan, Status(), Status(updated=began + now - 5))
     assert why == ("" if goes_on else "another epoch would end after the deadline of 20 s")
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snn.cloud.messages import epoch_messages
 from snn.cloud.meter import bill
 from snn.cloud.prices import load, with_quota
 from snn.estimate.designs import (
@@ -19,7 +20,7 @@ from snn.estimate.figures import assumptions, priced, swings, tornado
 from snn.estimate.simulation import Clock, Luck, Pools, aws, on_aws, simulate
 from snn.estimate.trace import recorded
 from snn.estimate.work import epoch_work, run_work
-from snn.handlers.protocol import epoch_messages, stages, step_of
+from snn.handlers.protocol import stages, step_of
 
 GRANULARITIES = ("neuron", "layer", "network")
 

@@ -40,6 +40,7 @@ ROOMS = {
             "snn/handlers/invocation.py",
             "snn/handlers/neuron.py",
             "snn/handlers/trainer.py",
+            "snn/handlers/epoch.py",
             "snn/handlers/launch.py",
         ),
         HANDLED,

@@ -11,16 +11,16 @@ import pytest
 
 from snn.cloud.bucket import Upload
 from snn.cloud.bus import Queue
-from snn.cloud.messages import Message
+from snn.cloud.messages import Message, epoch_messages
 from snn.cloud.runs import Runs, Status
 from snn.cloud.store import LARGE
 from snn.data import h5 as data
 from snn.data import models
-from snn.handlers import checkpoint, launch, watch
+from snn.handlers import checkpoint, epoch, watch
 from snn.handlers.ending import end_early
+from snn.handlers.epoch import NAME
 from snn.handlers.invocation import forget
-from snn.handlers.protocol import epoch_messages
-from snn.handlers.upload import NAME, handle_upload, run_id
+from snn.handlers.upload import handle_upload, run_id
 from snn.lab.faults import SMALL, Lab, Schedule, invoke, run_in_lab, small_datasets
 from snn.local.server import parameter_server
 from snn.local.worker import unique_names
@@ -299,11 +299,11 @@ def test_the_deadline_counts_the_epoch_to_come(lab, monkeypatch):
     plan = lab(small()).services.runs
     plan = plan.plan(plan.names()[-1])
     now = 1_000_000.0
-    monkeypatch.setattr(launch.time, "time", lambda: now)
+    monkeypatch.setattr(epoch.time, "time", lambda: now)
     started = datetime.fromtimestamp(now - 8, UTC).strftime(NAME)
     limited = msgspec.structs.replace(plan.parameters, deadline=10.0)
     plan = msgspec.structs.replace(plan, parameters=limited, started=started)
-    after = lambda seconds: launch.over_limit(plan, Status(), Status(updated=now - seconds))
+    after = lambda seconds: epoch.over_limit(plan, Status(), Status(updated=now - seconds))
     assert after(5) == "another epoch would end after the deadline of 10 s"
     assert after(1) == ""
 
