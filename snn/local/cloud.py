@@ -8,11 +8,13 @@ __all__ = ['BUCKET', 'INBOX', 'create_bucket', 'LocalCloud']
 # %% ../../nbs/local/03_cloud.ipynb #25d85823
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import msgspec
 import redis
+from botocore.exceptions import BotoCoreError, ClientError
 from msgspec import Raw
 
 from ..cloud.bucket import Bucket, Upload
@@ -129,14 +131,15 @@ class LocalCloud:
                 WaitTimeSeconds=0 if self.workers.deaths else 1,
                 MaxNumberOfMessages=10,
             )
+            if self.closing.is_set():
+                return
             try:
                 for message in found.get("Messages", []):
                     self._hand_over(message["Body"])
                     self.sqs.delete_message(
                         QueueUrl=self.inbox, ReceiptHandle=message["ReceiptHandle"]
                     )
-                if not self.closing.is_set():
-                    self._look_after()
+                self._look_after()
             except (redis.ConnectionError, redis.TimeoutError):
                 self._restart_server()
 
@@ -205,10 +208,17 @@ class LocalCloud:
             self.bucket_name, "training_input/datasets.h5", answer["ETag"].strip('"')
         )
 
+    def _wake_carrier(self) -> None:
+        "It waits up to a second for messages: here is one, in an inbox that goes with us."
+        if self.aws.watchman and self.carrier.is_alive():
+            with suppress(BotoCoreError, ClientError):  # AWS has gone
+                self.sqs.send_message(QueueUrl=self.inbox, MessageBody="closing")
+
     def close(self) -> None:
         "Stop everything and leave nothing behind."
         self.closing.set()
         if hasattr(self, "carrier"):
+            self._wake_carrier()
             self.carrier.join()
         while self._opened:
             self._opened.pop().close()
