@@ -57,6 +57,19 @@ def out(training) -> Path:
 # train
 
 
+def test_a_training_reads_its_data_set_once(
+    snn, parameters_file, small_data, monkeypatch, tmp_path
+):
+    "The command, what it sends and the evaluation at the end share what was read."
+    read, real = [], data.read
+    monkeypatch.setattr(
+        data, "read", lambda path, **more: read.append(path) or real(path, **more)
+    )
+    options = ("--parameters", parameters_file, "--epochs", 1, "--out", tmp_path / "out", "-q")
+    assert snn("train", "--data", small_data, *options)[0] == 0
+    assert read == [small_data]
+
+
 def test_train_says_its_outcome_as_json(training, small_data):
     code, said, error, out = training
     outcome = json.loads(said)

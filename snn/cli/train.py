@@ -188,6 +188,7 @@ def train(
                 begun=show.begin if show else lambda cloud, run: None,
                 runtime=runtime,
                 test=test,
+                found=found,
             )
         if json:
             print_json(outcome._asdict())

@@ -409,9 +409,10 @@ def write(
 def content(
     path: str | Path,  # of a datasets.h5
     test: str | Path | None = None,  # the file with the test part, if it is another one
+    found: Datasets | None = None,  # what is in it, if it has been read
 ) -> bytes:
     "A checked data set as it can be sent anywhere: the file's own bytes, or a copy that leads to no other file; raises `InputError`."
-    found = read(path, test=test)
+    found = found or read(path, test=test)
     with opened(path) as file:
         whole = not test and not any(leads_elsewhere(file, file[n]) for n in NAMES)
     if whole:

@@ -264,15 +264,14 @@ def _try_to_leave(out: Path) -> None:
         raise InputError(f"{out}: {error.strerror}; give another --out") from None
 
 # %% ../../nbs/local/04_training.ipynb #dfa5f227
-def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: float) -> Outcome:
+def _finish(
+    cloud: LocalCloud, plan: Plan, out: Path, datasets: data.Datasets, began: float
+) -> Outcome:
     "Fetch the results of a run that has finished, and tidy up."
     files = fetch(cloud.bucket, plan.name, out)
     seconds, counts = time.monotonic() - began, cloud.services.ledger.counts(plan).values()
-    record, trained, test = (
-        json.loads(files["run.json"].read_text()),
-        models.read(files["params.h5"]),
-        data.read(datasets),
-    )
+    record = json.loads(files["run.json"].read_text())
+    trained = models.read(files["params.h5"])
     costs = [
         epoch["cost"]
         for name, epoch in json.loads(files["results.json"].read_text()).items()
@@ -280,7 +279,7 @@ def _finish(cloud: LocalCloud, plan: Plan, out: Path, datasets: Path, began: flo
     ]
     notes = _plot_or_note(costs, plan.parameters.threshold, out / "cost.png")
     pictures = {} if notes else {"cost.png": out / "cost.png"}
-    evaluation = model.evaluate(trained, test.test_x, test.test_y)
+    evaluation = model.evaluate(trained, datasets.test_x, datasets.test_y)
     _keep_checkpoints(out, plan)
     return Outcome(
         plan.name,
@@ -328,11 +327,12 @@ def train(
     ledger: str = "store",  # or dynamodb
     runtime: str = "inline",  # or lambda
     test: Path | None = None,  # the file with the test part, if it is another one
+    found: data.Datasets | None = None,  # what is in them, if they have been read
 ) -> Outcome:
     "Train on this machine; raises `InputError` for wrong files and `RuntimeError` if the run fails."
-    found = data.read(datasets, test=test)
+    found = found or data.read(datasets, test=test)
     check_run(parameters, len(found.train_x), found.train_x[0].size, memory_here())
-    sent, kept = data.content(datasets, test), out / UNFINISHED / "datasets.h5"
+    sent, kept = data.content(datasets, test, found), out / UNFINISHED / "datasets.h5"
     if runtime == "lambda" and parameters.residents:
         workers = 2 * max(parameters.residents, workers or 0)  # each calls a successor
     with alone_in(out), LocalCloud(workers, ledger, runtime=runtime) as cloud:
@@ -343,7 +343,7 @@ def train(
         run = run_id(upload, parameters)
         begun(cloud, run)
         plan = watch(cloud, run, report, out / UNFINISHED, upload.etag)
-        return _finish(cloud, plan, out, kept, began)
+        return _finish(cloud, plan, out, found, began)
 
 
 def cut_short(
@@ -370,4 +370,4 @@ def resume(
         copy_up(cloud.bucket, mirror)
         checkpoint.resume(name, cloud.bucket, cloud.services)
         plan = watch(cloud, name, report, mirror)
-        return _finish(cloud, plan, out, mirror / "datasets.h5", began)
+        return _finish(cloud, plan, out, data.read(mirror / "datasets.h5"), began)
