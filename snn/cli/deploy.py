@@ -469,13 +469,15 @@ def upload(
 ) -> None:
     "Start a run on AWS: parameters first, then the data set."
     from snn.deploy import runs
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import Account, check_login, kept
 
     account = Account(region, endpoint_url)
     check_login(account)
     before = runs.standings(account, runs.bucket_of(account, stack))
     run = runs.upload(account, stack, data, parameters, test, again)
     out.print(f"Run {run} {STANDS[before.get(run, 'new')]}")
+    if kept(account, stack).get("Asleep") == "yes":
+        out.print("The stack sleeps; the upload wakes it, which takes some ten minutes.")
     out.print(f"Watch it with: snn watch --stack {stack} --run {run}")
 
 

@@ -77,6 +77,12 @@ COMMANDS = {
         "deploy", "Start a run on AWS: parameters first, then the data set.", CLOUD
     ),
     "watch": Entry("deploy", "Follow a run on AWS until its results are there.", CLOUD),
+    "sleep": Entry(
+        "care",
+        "Put a stack to sleep: all that only training needs and that costs by the hour goes; an upload wakes it.",
+        CLOUD,
+    ),
+    "wake": Entry("care", "Wake a stack that sleeps, which takes some ten minutes.", CLOUD),
     "approve": Entry(
         "deploy",
         "Let the new version of the Prediction API that waits answer the world, or send it back.",

@@ -31,7 +31,7 @@ from ..errors import InputError
 # %% ../../nbs/deploy/02_package.ipynb #e0138aa9
 HANDLERS = {
     "training": ["snn.handlers.protocol"],
-    "launch": ["snn.handlers.launch", "snn.deploy.gate"],
+    "launch": ["snn.handlers.launch", "snn.deploy.gate", "snn.deploy.sleep"],
 }
 LIMITS = {"training": 16 * 10**6, "launch": 25 * 10**6}  # bytes
 

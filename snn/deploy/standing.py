@@ -119,7 +119,8 @@ def standing(
     book: Book,
 ) -> list[Item]:
     "All that stays on in a stack with these parameters."
-    found = [*training(options, book), *kept(book)]
+    asleep = options.get("Asleep") == "yes"
+    found = [*([] if asleep else training(options, book)), *kept(book)]
     if options.get("Pipeline") == "yes":
         found += prediction(options, book)
     if options.get("Notebook") == "yes":
@@ -145,9 +146,10 @@ def table(
     book: Book,
 ) -> str:  # Markdown
     "What each profile costs a month."
-    head = "| profile | USD a month |\n| --- | ---: |"
+    head = "| profile | awake, USD a month | asleep |\n| --- | ---: | ---: |"
+    cost = lambda options, asleep: monthly(standing({**options, "Asleep": asleep}, book))
     rows = [
-        f"| `{name}` | {monthly(standing(options, book)):.2f} |"
+        f"| `{name}` | {cost(options, 'no'):.2f} | {cost(options, 'yes'):.2f} |"
         for name, options in PROFILES.items()
     ]
     return "\n".join([head, *rows])

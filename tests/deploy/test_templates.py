@@ -347,7 +347,7 @@ def test_what_a_local_aws_lacks_is_left_out_there():
         (name, logical, resource["Type"])
         for name, template in TEMPLATES.items()
         for logical, resource in template["Resources"].items()
-        if resource.get("Condition") in ("OnAws", "WithNotebook")
+        if resource.get("Condition") in ("OnAws", "AwakeOnAws", "WithNotebook")
     }
     assert {(name, kind) for name, _, kind in left_out} == {
         ("observability.yaml", "AWS::Logs::QueryDefinition"),
