@@ -353,10 +353,12 @@ def test_what_a_local_aws_lacks_is_left_out_there():
         ("observability.yaml", "AWS::Logs::QueryDefinition"),
         ("observability.yaml", "AWS::CloudWatch::Alarm"),
         ("main.yaml", "AWS::CloudFormation::Stack"),
+        ("wake.yaml", "AWS::Events::Rule"),
+        ("wake.yaml", "AWS::Lambda::Permission"),
     }
     assert {
         logical for _, logical, kind in left_out if kind != "AWS::Logs::QueryDefinition"
-    } == {"SpendAlarm", "NotebookInstance"}
+    } == {"SpendAlarm", "NotebookInstance", "Uploads", "UploadPermission"}
     assert TEMPLATES["main.yaml"]["Parameters"]["Local"]["Default"] == "no"
     assert TEMPLATES["observability.yaml"]["Conditions"]["OnAws"] == {
         "Fn::Equals": [{"Ref": "Local"}, "no"]
