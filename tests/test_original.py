@@ -167,7 +167,7 @@ def test_the_analysis_reads_the_bucket_of_the_original(
         ran = run_notebook(
             default_notebooks() / "Analysis.ipynb",
             tmp_path / "ran.ipynb",
-            {"bucket": "cats-of-2018", "region": "us-east-1"},
+            {"bucket": "cats-of-2018", "region": "us-east-1", "compared": 0},
         )
     said = ran.read_text()
     evaluation = model.evaluate(whole, *data.read_test(small_data))
