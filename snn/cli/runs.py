@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from .console import TrainingProgress, err, money, out, print_json
 from .train import summary
+from ..cloud.messages import Resumption
 from ..cloud.meter import Reading, reading
 from ..cloud.prices import nearest
 from ..cloud.services import Services
@@ -84,7 +85,7 @@ def facts(
         "duplicates": total("duplicates"),
         "retries": max(0, total("attempts") - total("finished") - total("duplicates")),
         "mended": services.runs.counted(run, "mended"),
-        "resumed": int(run.partition("~")[2] or 0),
+        "resumed": Resumption.of(run).number,
         "spent": meter,
     }
 
@@ -104,7 +105,7 @@ def runs(json: Json = False) -> None:
     services = _services()
     found = [
         facts(services, name)
-        for name in dict.fromkeys(name.split("~")[0] for name in services.runs.names())
+        for name in dict.fromkeys(Resumption.of(name).name for name in services.runs.names())
     ]
     if json:
         return print_json(found)

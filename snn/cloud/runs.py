@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from .bucket import Upload
-from .messages import ALL, Plan
+from .messages import ALL, Plan, Resumption
 from .store import Incomplete, Outbox, key, tag
 
 # %% ../../nbs/cloud/03_runs.ipynb #2dec3871
@@ -37,11 +37,6 @@ class Status(Struct, omit_defaults=False):
     saved: float = 0.0  # when its newest checkpoint was made, in seconds since 1970
 
 # %% ../../nbs/cloud/03_runs.ipynb #97425d31
-def _number(run: str) -> int:
-    "Which resumption a run is; 0 for none."
-    return int(run.partition("~")[2] or 0)
-
-
 class Runs:
     "The records of all runs on one parameter server."
 
@@ -58,7 +53,7 @@ class Runs:
         first = self.client.hsetnx(f"{tag(plan.run)}:run", "plan", msgspec.json.encode(plan))
         self.client.expire(f"{tag(plan.run)}:run", self.ttl)
         self.client.zadd("snn:runs", {plan.run: time.time()}, nx=True)
-        if _number(plan.run) > _number(self.newest(plan.name)):
+        if Resumption.of(plan.run) > Resumption.of(self.newest(plan.name)):
             self.client.hset("snn:newest", plan.name, plan.run)
         return bool(first)
 

@@ -20,7 +20,7 @@ import msgspec
 from botocore.exceptions import ClientError
 
 from ..cloud.bucket import Bucket, Upload
-from ..cloud.messages import LAMBDA, check_run
+from ..cloud.messages import LAMBDA, Resumption, check_run
 from ..data import h5 as datasets
 from .inputs import Account, describe, parameters_of
 from .wheels import clone_folder
@@ -166,7 +166,7 @@ def newest_cost(
     "The newest epoch in the Costs table. A run that was taken up again goes on as RUN~1, RUN~2 and so on."
     newest, number = (0, None), 0
     while True:
-        name = f"{run}~{number}" if number else run
+        name = Resumption(run, number).run
         found = account.client("dynamodb").query(
             TableName=f"{stack}-Costs",
             KeyConditionExpression="#run = :run",
@@ -191,7 +191,7 @@ def newest_spent(
     "What a run had cost when LaunchLambda last counted it: once a second at most, so some epochs back."
     newest, number = None, 0
     while True:
-        name = f"{run}~{number}" if number else run
+        name = Resumption(run, number).run
         found = account.client("dynamodb").query(
             TableName=f"{stack}-Costs",
             KeyConditionExpression="#run = :run",

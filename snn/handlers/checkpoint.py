@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Message, Plan, blocks, epoch_messages
+from ..cloud.messages import Message, Plan, Resumption, blocks, epoch_messages
 from ..cloud.meter import uploaded_at
 from ..cloud.runs import Status
 from ..cloud.services import Services
@@ -161,15 +161,13 @@ def newest(
     return plan, bucket.get(max(files)) if files else None
 
 # %% ../../nbs/handlers/04_checkpoint.ipynb #a6890dcf
-def _next_number(before: str, bucket: Bucket) -> int:
-    "The number of the next resumption. The bucket remembers it: a server that has forgotten the last one may still be sent its messages."
-    name, _, number = before.partition("~")
-    marks = f"training_checkpoints/{name}/resumed/"
-    number = 1 + max(
-        int(number or 0), *(int(key.removeprefix(marks)) for key in bucket.keys(marks)), 0
-    )
+def _next(before: Resumption, bucket: Bucket) -> Resumption:
+    "The next resumption. The bucket remembers the last: a server that has forgotten it may still be sent its messages."
+    marks = f"training_checkpoints/{before.name}/resumed/"
+    kept = [int(key.removeprefix(marks)) for key in bucket.keys(marks)]
+    number = 1 + max(before.number, *kept, 0)
     bucket.put(f"{marks}{number}", b"")
-    return number
+    return Resumption(before.name, number)
 
 
 def _restore(plan: Plan, content: bytes, services: Services) -> Status:
@@ -203,7 +201,7 @@ def resume(
     "Take up a run from its newest checkpoint, or from the beginning; raises `InputError` if there is no such run."
     plan, content = newest(bucket, name)
     before = services.runs.newest(name)
-    plan = msgspec.structs.replace(plan, run=f"{name}~{_next_number(before, bucket)}")
+    plan = msgspec.structs.replace(plan, run=_next(Resumption.of(before), bucket).run)
     if not services.runs.begin(plan):
         return plan.run  # somebody else is at it
     if services.runs.knows(before):

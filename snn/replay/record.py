@@ -16,7 +16,7 @@ import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ..cloud.bucket import Bucket
-from ..cloud.messages import Plan
+from ..cloud.messages import Plan, Resumption
 from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.invocation import training_data
@@ -86,8 +86,8 @@ def find_record(
         except InputError:
             continue  # somebody else's run.json
         found[record.plan.name] = record
-    if run.split("~")[0] in found:
-        return found[run.split("~")[0]]
+    if (name := Resumption.of(run).name) in found:
+        return found[name]
     raise InputError(
         f"{run}: no such folder, and no run of that name in {out} ({'which holds ' + ', '.join(found) if found else 'which holds no run'}); for a run on a stack, give its --bucket"
     )
@@ -117,7 +117,7 @@ def record_in_bucket(
     run: str,  # its name
 ) -> Record:
     "The record of a run that has finished, failed or been stopped; raises `InputError`."
-    name = run.split("~")[0]
+    name = Resumption.of(run).name
     keys = bucket.keys(f"training_results/{name}/")
     ends = [
         key
