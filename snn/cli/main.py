@@ -82,6 +82,11 @@ COMMANDS = {
         "Put a stack to sleep: all that only training needs and that costs by the hour goes; an upload wakes it.",
         CLOUD,
     ),
+    "doctor": Entry(
+        "care",
+        "Look at the account and the stack: quotas, DNS, endpoints, parameter server, a message through each function.",
+        CLOUD,
+    ),
     "wake": Entry("care", "Wake a stack that sleeps, which takes some ten minutes.", CLOUD),
     "approve": Entry(
         "deploy",

@@ -15,6 +15,7 @@ from ..cloud.services import Services, process_services
 from ..cloud.telemetry import logged
 from ..errors import InputError
 from . import checkpoint, watch
+from .check import reach
 from .ending import end_early, give_up
 from .protocol import handle
 from .stay import resident
@@ -106,6 +107,8 @@ def lambda_handler(
     services = process_services()
     if services.environment.get("SNN_REDIS_URL") == ASLEEP:
         return {"refused": "the stack sleeps; snn wake wakes it"}
+    if event.get("state") == "check":
+        return reach(services)
     if event.get("state") == "watch":
         watch.watch(services)
     if "function" in event:

@@ -25,6 +25,7 @@ from ..cloud.services import Services, process_services
 from ..cloud.store import encode
 from ..cloud.telemetry import logged, on_lambda
 from . import neuron, trainer
+from .check import reach
 from .ending import end_early
 from snn.handlers.invocation import (
     Arrays,
@@ -298,10 +299,12 @@ def handle(
 @logged
 @with_deadline
 def lambda_handler(
-    event: dict,  # a `Message`
+    event: dict,  # a `Message`, or {"state": "check"}
     context,  # from Lambda; None on one machine
-) -> None:
+) -> dict | None:  # what can be reached, if that is asked for
     "What an event asks for."
+    if event.get("state") == "check":
+        return reach(process_services())
     handle(msgspec.convert(event, Message), process_services())
     process_services().bus.settle()
 

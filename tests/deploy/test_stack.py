@@ -23,6 +23,7 @@ import pytest
 from snn.cloud.bucket import Bucket
 from snn.data import models
 from snn.deploy import runs
+from snn.deploy.doctor import doctor
 from snn.deploy.inputs import Account, check, check_stack, describe
 from snn.deploy.stack import deploy, failure, follow, infra_folder, put_once, upload_artifacts
 from snn.deploy.teardown import (
@@ -38,6 +39,7 @@ from snn.errors import InputError
 from snn.local.lambda_runtime import Function, Pool, Runtime
 from snn.local.server import local_aws, parameter_server
 
+UNSEEN = {"zones", "network", "service-linked roles", "mail"}  # what a local AWS can't tell
 OPTIONS = {"NeuronConcurrency": "20", "Notebook": "no"}
 
 
@@ -59,7 +61,7 @@ def account(cloud):
 def install(cloud, account, folder: Path) -> None:
     """Let the local Lambda run the functions just as they were deployed; only the addresses of services are those here.
 
-    The AWS hands events of LaunchLambda to it, if a variable of the function says where."""
+    The AWS hands their events to it, if a variable of a function says where."""
     runtime, server, aws = cloud
     here = {
         **aws.environment(),
@@ -83,15 +85,19 @@ def install(cloud, account, folder: Path) -> None:
             settings["MemorySize"],
         )
         runtime.pools[function.name] = Pool(function, runtime)
-    variables = {
-        **account.client("lambda").get_function(FunctionName="Cats-LaunchLambda")[
+    for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
+        function = f"Cats-{name}"
+        settings = account.client("lambda").get_function(FunctionName=function)[
             "Configuration"
-        ]["Environment"]["Variables"],
-        "MINISTACK_LAMBDA_PROXY_URL": f"{runtime.url}/2015-03-31/functions/Cats-LaunchLambda/invocations",
-    }
-    account.client("lambda").update_function_configuration(
-        FunctionName="Cats-LaunchLambda", Environment={"Variables": variables}
-    )
+        ]
+        proxy = f"{runtime.url}/2015-03-31/functions/{function}/invocations"
+        variables = {
+            **settings["Environment"]["Variables"],
+            "MINISTACK_LAMBDA_PROXY_URL": proxy,
+        }
+        account.client("lambda").update_function_configuration(
+            FunctionName=function, Environment={"Variables": variables}
+        )
 
 
 def wait_for(account, run: str):
@@ -137,6 +143,11 @@ def test_from_nothing_to_a_model_and_back_to_nothing(
     assert wait_for(account, run).epochs == 3
     first = model_of(account, tmp_path)
     assert first.parameters == parameters
+
+    # The doctor finds nothing wrong, from outside and from inside each function.
+    found = {f.what: f for f in doctor(account, "Cats")}
+    assert {what for what, f in found.items() if f.state != "ok"} <= UNSEEN, found
+    assert "reaches lambda, sns" in found["NeuronLambda"].words
 
     # An update keeps the data.
     assert (
