@@ -251,3 +251,23 @@ def test_code_is_formatted(command):
     folders = ["nbs", "tests", "bin", "lambda_build"]
     done = subprocess.run([*ruff, *folders], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def checked(*arguments: str | Path) -> subprocess.CompletedProcess:
+    "What the type checker says."
+    pytest.importorskip("ty", reason="ty is not installed: bin/venv test")
+    ty = [sys.executable, "-m", "ty", "check", "--python", sys.prefix]
+    return subprocess.run([*ty, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_types_hold():
+    done = checked("--output-format", "concise")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (ROOT / "snn" / "py.typed").is_file()
+
+
+def test_a_wrong_type_would_be_found(tmp_path):
+    wrong = "from snn.maths.sampling import mini_batches\n\nmini_batches('many', 1, 2, 3)\n"
+    (tmp_path / "wrong.py").write_text(wrong)
+    done = checked("--project", ROOT, tmp_path / "wrong.py")
+    assert done.returncode == 1 and "invalid-argument-type" in done.stdout

@@ -24,10 +24,10 @@ def size(
     count: float,  # bytes
 ) -> str:
     "Bytes as one would say them."
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:,.0f} B" if len(units) == 4 else f"{count:,.1f} {units[0]}"
 
 # %% ../../nbs/cli/07_estimate.ipynb #cc1cb68e
 def _rows(e) -> dict[str, str]:  # of an `estimate.Estimate`

@@ -8,7 +8,7 @@ __all__ = ['PASSES', 'NoFile', 'Replaced', 'Bucket', 'Upload', 'unwrapped', 'upl
 # %% ../../nbs/cloud/06_bucket.ipynb #4712f999
 import json
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
 
 from .telemetry import note
@@ -142,7 +142,7 @@ class Topic:
 
     def __init__(
         self,
-        client=None,  # boto3 client of SNS
+        client: Any = None,  # boto3 client of SNS
         arn: str = "",
         missed: Callable[[str, str], None] = lambda what, reason: (
             None

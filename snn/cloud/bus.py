@@ -8,9 +8,10 @@ __all__ = ['QUEUE', 'DEAD', 'KEEP', 'TAKE', 'MOST', 'Bus', 'LambdaBus', 'Envelop
 
 # %% ../../nbs/cloud/05_bus.ipynb #ebe6b588
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
@@ -71,7 +72,7 @@ class LambdaBus(Bus):
             str, str
         ],  # LaunchLambda, TrainerLambda, NeuronLambda -> names of the deployed functions
         store: Store,  # whose waiting commands go first
-        residents: Container[str] = (),  # runs whose functions stay, see `snn.cloud.residents`
+        residents: Any = (),  # a `Residents`, which knows the runs whose functions stay
     ):
         self.client, self.names, self.store, self.residents, self.threads = (
             client,
@@ -82,14 +83,14 @@ class LambdaBus(Bus):
         )
         self.freezes = True  # may Lambda freeze the process when an invocation ends?
 
-    def _invoke(self, event: Struct) -> None:  # a `Message` or a `Seat`
+    def _invoke(self, event: Any) -> None:  # a `Message` or a `Seat`
         self.client.invoke(
             FunctionName=self.names[event.function],
             InvocationType="Event",
             Payload=msgspec.json.encode(event),
         )
 
-    def call(self, events: Sequence[Struct]) -> None:
+    def call(self, events: Sequence[Any]) -> None:
         "Invoke each event's function; returns when Lambda has accepted all."
         if len(events) == 1:
             self._invoke(events[0])

@@ -122,7 +122,7 @@ class DynamoLedger(StoreLedger):
         "Write, and note what DynamoDB does not take: the ledger is looked at, and no run needs it."
         from botocore.exceptions import BotoCoreError, ClientError
 
-        extra = {"ConditionExpression": condition} if condition else {}
+        extra: dict = {"ConditionExpression": condition} if condition else {}
         if names:
             extra["ExpressionAttributeNames"] = names
         values = {**values, ":expires": {"N": str(int(time.time()) + KEEP)}}

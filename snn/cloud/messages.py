@@ -160,13 +160,13 @@ def weight_bytes(
 
 
 def in_words(
-    count: int,  # bytes
+    count: float,  # bytes
 ) -> str:
     "An amount of memory as one would say it."
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:,.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-        count /= 1024
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:,.3g} {units[0]}" if count < 1000 else f"{count:,.0f} {units[0]}"
 
 # %% ../../nbs/cloud/01_messages.ipynb #5c24f337
 def check_run(

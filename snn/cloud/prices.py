@@ -129,7 +129,7 @@ def load(
     except msgspec.ValidationError as error:
         raise InputError(f"{path or OURS.name}: {error}") from None
     prices = file.prices.get(region)
-    if isinstance(prices, str):
+    while isinstance(prices, str):
         prices = file.prices.get(prices)
     if prices is None:
         raise InputError(

@@ -28,20 +28,17 @@ class Seat(Struct, frozen=True):
 
 def seat_counts(
     plan: Plan,
-) -> dict[str, int]:  # by function; empty for a run whose functions do not stay
+) -> dict[Function, int]:  # empty for a run whose functions do not stay
     "How many of each function stay."
     p = plan.parameters
     if not p.residents:
         return {}
     widest = max(p.sizes) if p.granularity == "neuron" else 1
-    trainers = (
-        {} if p.granularity == "network" else {"TrainerLambda": min(p.residents, plan.batches)}
-    )
-    return {
-        "LaunchLambda": 1,
-        **trainers,
-        "NeuronLambda": min(p.residents, plan.batches * widest),
-    }
+    found: dict[Function, int] = {"LaunchLambda": 1}
+    if p.granularity != "network":
+        found["TrainerLambda"] = min(p.residents, plan.batches)
+    found["NeuronLambda"] = min(p.residents, plan.batches * widest)
+    return found
 
 
 def seats(

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cache, cached_property, lru_cache
+from typing import Any
 from urllib.parse import urlsplit
 
 from .bucket import Bucket, Topic
@@ -52,7 +53,7 @@ def surroundings(
     mine = dict(os.environ)
     if needs_no_account(environment):
         mine = {name: value for name, value in mine.items() if not name.startswith("AWS_")}
-    return mine | environment
+    return {**mine, **environment}
 
 
 @lru_cache(maxsize=2)
@@ -171,7 +172,7 @@ class Services:
         return Residents(self.store, self.runs)
 
     @cached_property
-    def bus(self) -> LambdaBus | Queue:
+    def bus(self) -> Any:  # a `LambdaBus`, or a `Queue` on one machine
         functions = self.environment.get("SNN_FUNCTIONS")
         if not functions:
             return Queue(self.store, int(self.environment.get("SNN_WORKERS", "1")))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -365,8 +365,10 @@ class Outbox:
     "Commands to the server; those that need no answer travel with the next one that does."
 
     def __init__(self, client: redis.Redis):
-        self.client, self.waiting, self.shas = client, [], {}
-        self.connection, self.lock = None, threading.Lock()
+        self.client: Any = client  # its answers are bytes, as we ask for no other
+        self.waiting, self.shas = [], {}
+        self.connection: Any = None  # made when it is needed
+        self.lock = threading.Lock()
 
     def script(self, text: str) -> str:
         "Register a script; returns what EVALSHA calls it."
@@ -504,9 +506,9 @@ class Store(Outbox):
     def open(
         self,
         message: Message,
-        fields: list[str] = (),
+        fields: Sequence[str] = (),
         where: str = "",
-        weights: list[str] = (),
+        weights: Sequence[str] = (),
     ) -> Opened:
         "Begin an invocation: count it, look whether it is wanted, fetch what it needs; with weights of the mini-batch at `where`, in the same request."
         opening = self._call(

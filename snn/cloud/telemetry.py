@@ -9,7 +9,7 @@ __all__ = ['NAMESPACE', 'UNITS', 'FIELDS', 'on_lambda', 'about', 'note', 'LogWri
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 # %% ../../nbs/cloud/10_telemetry.ipynb #fc27cda1
 NAMESPACE = "ServerlessNeuralNetwork"  # of the metrics; a network's own have its stack's name as `service`
@@ -65,7 +65,7 @@ class LogWriter:
             EphemeralMetrics(namespace=NAMESPACE),
         )
 
-    def _measure(self, seconds: float, notes: list[dict]) -> dict:
+    def _measure(self, seconds: float, notes: list[dict]) -> Mapping:
         "The embedded metrics."
         for metrics in ({"Invocations": 1, "Duration": round(seconds * 1000, 3)}, *notes):
             for name, value in metrics.items():
@@ -75,7 +75,7 @@ class LogWriter:
         self.metrics.clear_metrics()
         return found
 
-    def _measured(self, seconds: float, notes: list[dict]) -> dict:
+    def _measured(self, seconds: float, notes: list[dict]) -> Mapping:
         "The embedded metrics, or why there are none: what is measured never fails for the measuring."
         try:
             return self._measure(seconds, notes)

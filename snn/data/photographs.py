@@ -274,7 +274,7 @@ def picture(
     content: bytes,  # of a file
     formats: tuple[str, ...]
     | None = None,  # that are let in, all that Pillow knows if not given
-    most: int = Image.MAX_IMAGE_PIXELS,  # pixels
+    most: int | None = Image.MAX_IMAGE_PIXELS,  # pixels
 ) -> Image.Image:  # the first frame of an animation
     "The picture that these bytes are, upright and in RGB; raises `NotAPicture`."
     try:

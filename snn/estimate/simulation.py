@@ -11,10 +11,10 @@ __all__ = ['NORMAL', 'MOST', 'ENVELOPE', 'Environment', 'aws', 'on_aws', 'weight
 import itertools
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from hashlib import blake2b
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -138,7 +138,8 @@ class Luck(NamedTuple):
         "Two numbers between 0 and 1."
         drawn = blake2b(f"{self.seed}/{self.name}/{what}".encode(), digest_size=16).digest()
         halves = (int.from_bytes(half, "big") for half in (drawn[:8], drawn[8:]))
-        return tuple(((half >> 12) + 0.5) / 2**52 for half in halves)
+        first, second = (((half >> 12) + 0.5) / 2**52 for half in halves)
+        return first, second
 
     def spread(self, what: str, times: dict[str, float]) -> float:
         "How much longer or shorter than usual a wait is."
@@ -244,7 +245,9 @@ class Host:
                 del memory[old]
         self.arrays[epoch], self.blocks[epoch], self.own[epoch] = set(), set(), {}
 
-    def keep(self, message: Message, names: list[str], blocks: list[tuple[int, int]]) -> None:
+    def keep(
+        self, message: Message, names: Iterable[str], blocks: list[tuple[int, int]]
+    ) -> None:
         "Remember arrays that a step has made, and weights that may be the next epoch's."
         self.arrays[message.epoch] |= {(message.batch, name) for name in names}
         if blocks:
@@ -278,7 +281,7 @@ class Pools:
         )
         self.running = self.peak = self.throttles = 0
 
-    def host(self, function: str, luck: Luck) -> Iterator:  # -> Host
+    def host(self, function: str, luck: Luck) -> Generator[Any, Any, Host]:
         "A free environment: a warm one, or a new one, or the next that is free."
         if self.environment.back_off:
             yield from self.come_again(function)
@@ -310,7 +313,7 @@ class Pools:
             yield self.clock.events.timeout(pause)
             pause = min(2 * pause, self.times["back_off_most"])
 
-    def cold(self, function: str, luck: Luck) -> Iterator:  # -> Host
+    def cold(self, function: str, luck: Luck) -> Generator[Any, Any, Host]:
         "A new environment, no faster than Lambda makes them: the first thousand at once."
         self.starts[function] += 1
         soonest = self.next_start[function] + 1 / self.environment.scaling
@@ -556,7 +559,7 @@ class Simulation:
         self.traffic = Traffic(plan, environment.transport, self.clock, epochs, seed)
         self.steps = Steps(environment, self.traffic, self.send)
         self.pools = Pools(self.clock)
-        self.invocations, self.seconds = (dict.fromkeys(FUNCTIONS, 0) for _ in range(2))
+        self.invocations, self.seconds = (dict.fromkeys(FUNCTIONS, 0.0) for _ in range(2))
         self.longest = 0.0
 
     def run(self) -> Outcome:
@@ -644,7 +647,9 @@ class Simulation:
                 yield from self.timed(host, message)
             self.pools.running -= 1
 
-    def take(self, host: Host, place: str, many: int, luck: Luck, turn: int) -> Iterator:
+    def take(
+        self, host: Host, place: str, many: int, luck: Luck, turn: int
+    ) -> Generator[Any, Any, list[Message]]:
         "Messages for a worker: those in hand, those it has made due, its share, or the next to come."
         if host.next:
             return [host.next.popleft()]

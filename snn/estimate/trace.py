@@ -83,7 +83,7 @@ class Recorder(Store):
         self.images, self.wins = images, True  # does a bid lead?
         self.held: dict[str, dict] = defaultdict(dict)  # values by key and name
         self.trace = Trace()
-        super().__init__(self)
+        super().__init__(self)  # type: ignore[arg-type]
         self.names = {sha: name for name, sha in self.scripts.items()}
 
     def script_load(self, text: str) -> str:
@@ -211,8 +211,7 @@ def record_step(
         trace.waiting = trace.asked.pop()
     if local and bus.prefetched:
         bus.prefetched.clear()
-        trace.keeps, trace.waiting.sends = True, False
-        trace.waiting.scripts.discard("join")
+        trace.keeps, trace.waiting = True, Exchange(trace.waiting.up if trace.waiting else 0)
     _arrange(trace)
     return trace
 

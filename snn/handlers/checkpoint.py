@@ -81,7 +81,7 @@ def pack(
         for i, array in enumerate(layer)
     }
     file = BytesIO()
-    np.savez(
+    np.savez(  # type: ignore[arg-type]
         file,
         status=np.frombuffer(msgspec.json.encode(status), np.uint8),
         costs=np.array(costs),

@@ -82,7 +82,7 @@ class Invocation:
         self.plan: Plan = services.runs.plan(message.run)
         self.parameters, self.layer = self.plan.parameters, message.layer
         self.memory = memory_of(message.run, message.epoch)
-        self.arrays: Arrays = {}  # that it has read or computed
+        self.arrays: dict[str, np.ndarray] = {}  # that it has read or computed
         self.ended = False  # does the run end here?
 
     @property

@@ -86,7 +86,8 @@ def whole_network(
     masks = hidden_masks(call.parameters, Y.size, message.epoch, message.batch)
     A = activations(call.parameters, layers, images(call), masks)
     total = finite_cost(call, A, Y)
-    computed, steps = {"cost": np.array(total)}, {}
+    computed: Arrays = {"cost": np.array(total)}
+    steps: Arrays = {}
     if not may_still_win(call, total):
         return computed
     found = zip(layers, parameter_gradients(call.parameters, layers, A, Y, masks))

@@ -160,8 +160,8 @@ def after_layer(plan: Plan, message: Message) -> list[Message]:
 
 def after_epoch(plan: Plan, message: Message) -> list[Message]:
     "launch next"
-    carried = {"source": message.source, "hop": message.hop + 1}
-    return [Message("LaunchLambda", "next", message.run, message.epoch, **carried)]
+    whole, hop = (message.run, message.epoch), message.hop + 1
+    return [Message("LaunchLambda", "next", *whole, source=message.source, hop=hop)]
 
 # %% ../../nbs/handlers/00_protocol.ipynb #45482029
 def begin_mini_batch(call: Invocation) -> Arrays:

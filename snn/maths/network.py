@@ -8,7 +8,7 @@ __all__ = ['Layer', 'MOMENTS', 'RULES', 'SAME', 'rows', 'initialise_layer', 'ini
            'epoch_batches', 'train_epoch', 'train', 'reached', 'standstill']
 
 # %% ../../nbs/maths/04_network.ipynb #9a558d4e
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +88,7 @@ def cost_gradient(
 # %% ../../nbs/maths/04_network.ipynb #12685e9d
 def activations(
     parameters: Parameters,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
     masks: dict[int, np.ndarray] = {},  # by layer, from `hidden_masks`; none but in training
 ) -> list[np.ndarray]:  # A0 = X, A1, ..., each (n, m), without the masks
@@ -102,7 +102,7 @@ def activations(
 # %% ../../nbs/maths/04_network.ipynb #7aa23329
 def parameter_gradients(
     parameters: Parameters,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     A: list[np.ndarray],  # from `activations`
     Y: np.ndarray,  # labels, (1, m)
     masks: dict[int, np.ndarray] = {},  # that `activations` was given
@@ -122,7 +122,7 @@ def parameter_gradients(
 
 def gradients(
     parameters: Parameters,
-    layers: list[Layer],
+    layers: Sequence[Layer],
     X: np.ndarray,  # input, (n_inputs, m)
     Y: np.ndarray,  # labels, (1, m)
     masks: dict[int, np.ndarray] = {},  # from `hidden_masks`
@@ -239,7 +239,7 @@ def train_epoch(
         sizes.append(batch.Y.size)
     costs, gradients_of = zip(*results)
     if parameters.aggregation == "best":
-        best = best_batch(costs)
+        best = best_batch(list(costs))
         total, chosen = costs[best], gradients_of[best]
     else:
         total = mean_of(costs, sizes)

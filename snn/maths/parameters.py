@@ -30,7 +30,7 @@ Fraction = Annotated[
     float, Meta(ge=0, lt=1, description="a number from 0 up to, but not including, 1")
 ]
 Activation = Annotated[
-    Literal[*ACTIVATIONS],
+    Literal[*ACTIVATIONS],  # ty: ignore[invalid-type-form]
     Meta(description=" or ".join(", ".join(ACTIVATIONS).rsplit(", ", 1))),
 ]
 Granularity = Annotated[
@@ -129,7 +129,7 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"did you mean {match[0]}?" if match else f"known are {', '.join(known)}"
 
 # %% ../../nbs/maths/01_parameters.ipynb #baeac6bf
-def _convert_struct(path: str, value: dict, kind: type) -> Struct:
+def _convert_struct(path: str, value: dict, kind: type[Struct]) -> Any:
     "Check the keys of `value`, then each value under its full name."
     fields, hints = msgspec.structs.fields(kind), get_type_hints(kind, include_extras=True)
     for key in value:

@@ -57,7 +57,7 @@ def read_record(
         plan, epochs = msgspec.convert(values["plan"], Plan), int(values["epochs"])
     except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         raise InputError(f"{path}: not the record of a run, or a damaged one") from None
-    checkpoints = {
+    checkpoints: dict[int, Path | Kept] = {
         int(file.stem): file for file in sorted(path.parent.glob("checkpoints/[0-9]*.npz"))
     }
     return Record(plan, epochs, _costs(path.with_name("results.json")), checkpoints)
