@@ -394,6 +394,12 @@ def pytest_addoption(parser):
         help="run all fault schedules, not only a slice of them",
     )
     parser.addoption(
+        "--fuzz",
+        type=float,
+        default=0,
+        help="seconds for which files of each kind are changed by chance and tried; -s shows figures",
+    )
+    parser.addoption(
         "--fresh",
         action="store_true",
         help="make clones and environments, and use them in strange places",

@@ -669,7 +669,7 @@ BAD_MODELS = {
     ),
     "a group of weights": (
         lambda file: (drop("W1")(file), file.create_group("W1")),
-        ["not a model file, or a damaged one"],
+        ["has no W1"],
     ),
     "weights without content": (replace("W1", h5py.Empty("f8")), ["W1"]),
     "no parameters": (
@@ -683,11 +683,11 @@ BAD_MODELS = {
     "another image size": (attribute("image_size", 64), ["images of 64 pixels", "(3, 12288)"]),
     "image size in words": (
         attribute("image_size", "big"),
-        ["not a model file, or a damaged one"],
+        ["image_size is big; it must be a whole number"],
     ),
     "infinite image size": (
         attribute("image_size", np.inf),
-        ["not a model file, or a damaged one"],
+        ["image_size is inf; it must be a whole number"],
     ),
     "negative image size": (
         attribute("image_size", -8),

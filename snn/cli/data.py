@@ -15,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 from .console import err, out, print_json
+from ..data.apart import try_apart
 from snn.data.h5 import (
     PREPARATIONS,
     Datasets,
@@ -132,6 +133,7 @@ def info(
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Check a data set and say what is in it."
+    try_apart(file)
     datasets = read(file)
     if json:
         return print_json(facts(datasets))
@@ -146,6 +148,8 @@ def join(
 ) -> None:
     "Make one data set of two files. What they lead to is copied as well."
     _check_folder(out_file)
+    for part in (train, test):
+        try_apart(part)
     whole = content(train, test)
     with written_whole(out_file) as partial:
         partial.write_bytes(whole)
@@ -160,6 +164,8 @@ def check(
     ] = None,
 ) -> None:
     "Say all that is wrong with a data set."
+    for part in filter(None, (file, test)):
+        try_apart(part)
     if found := faults(file, test):
         raise InputError(f"{file}: {'; '.join(found)}")
     _say(file, read(file, test=test))

@@ -19,15 +19,20 @@ from .serve import take_port
 from ..errors import InputError
 
 # %% ../../nbs/cli/09_live.ipynb #d5a424a4
-def _stage(run: str | None, out_folder: Path, data: Path | None):
+def _stage(run: str | None, out_folder: Path, data: Path | None, test: Path | None):
     "What is to be shown; raises `InputError`."
     from snn.cloud.services import Services
+    from snn.data.apart import try_apart
     from snn.data.h5 import read
     from snn.live.host import stage_on
     from snn.live.widget import stage_of
     from snn.local.training import drawn_datasets
 
-    datasets = read(data or drawn_datasets())
+    if test and not data:
+        raise InputError("--test needs --data, the file with the training part")
+    for part in filter(None, (data, test)):
+        try_apart(part)
+    datasets = read(data or drawn_datasets(), test=test)
     url = os.environ.get("SNN_REDIS_URL")
     if url and run:
         services = Services({"SNN_REDIS_URL": url})
@@ -54,6 +59,10 @@ def live(
     data: Annotated[
         Path | None, Option(help="The datasets.h5 of the run; the drawn one, if not given.")
     ] = None,
+    test: Annotated[
+        Path | None,
+        Option(help="The file with the test part, if --data holds the training part alone."),
+    ] = None,
     out_folder: Annotated[
         Path, Option("--out", help="Folder in which the run is looked for.")
     ] = Path("out"),
@@ -72,5 +81,5 @@ def live(
         raise InputError(
             f"the page needs the package {error.name}; install it with: pip install 'snn[serve]'"
         ) from None
-    with hosted(_stage(run, out_folder, data), listening) as address:
+    with hosted(_stage(run, out_folder, data, test), listening) as address:
         keep_up(address)

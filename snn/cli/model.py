@@ -15,6 +15,7 @@ from typer import Argument, Option
 from .console import err, out, print_json
 from ..data import h5 as datasets
 from ..data import models
+from ..data.apart import try_apart
 from ..data.photographs import read_photograph
 from ..errors import InputError
 from ..maths import model as networks
@@ -33,6 +34,7 @@ def read_model(
     parameters: Path | None,  # of the network, if its file does not say them
 ) -> networks.Model:
     "A model from its file; says on standard error what was assumed of it."
+    try_apart(path)
     trained = models.read(path, parameters)
     if trained.assumed:
         more = "" if parameters else " (--parameters FILE says otherwise)"
@@ -84,7 +86,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     "Compare a model's answers with the truth."
-    trained, (images, labels) = read_model(model, parameters), datasets.read_test(data)
+    trained = read_model(model, parameters)
+    try_apart(data)
+    images, labels = datasets.read_test(data)
     size = images.shape[1]
     if size != trained.size:
         raise InputError(

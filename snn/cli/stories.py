@@ -134,6 +134,10 @@ def replay(
             help="The datasets.h5 of the run. Without it, what lies in the bucket, or the drawn data set."
         ),
     ] = None,
+    test: Annotated[
+        Path | None,
+        Option(help="The file with the test part, if --data holds the training part alone."),
+    ] = None,
     out_folder: Annotated[
         Path, Option("--out", help="Folder in which a run's name is looked for.")
     ] = Path("out"),
@@ -144,6 +148,7 @@ def replay(
     json: Annotated[bool, Option("--json", help="Event and numbers as JSON.")] = False,
 ) -> None:
     "Run one NeuronLambda invocation again, and show its formulas with the numbers filled in."
+    from snn.data.apart import try_apart
     from snn.data.h5 import read
     from snn.local.training import drawn_datasets
     from snn.replay.compute import check, replay_on
@@ -156,13 +161,17 @@ def replay(
         training_part,
     )
 
+    if test and not data:
+        raise InputError("--test needs --data, the file with the training part")
+    for part in filter(None, (data, test)):
+        try_apart(part)
     place = open_bucket(bucket, region) if bucket else None
     record = record_in_bucket(place, run) if place else find_record(run, out_folder)
     check(record, epoch, batch, layer, neuron, direction)
     images = (
         images_in_bucket(record, place)
         if place and not data
-        else training_part(record, read(data or drawn_datasets()))
+        else training_part(record, read(data or drawn_datasets(), test=test))
     )
     found = replay_on(record, *images, epoch, batch, layer, neuron, direction)
     if json:

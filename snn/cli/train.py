@@ -151,6 +151,7 @@ def train(
 ) -> None:
     "Train the network on this machine: real handlers, real parameter server, real upload."
     from snn.cloud.messages import check_run, memory_here
+    from snn.data.apart import try_apart
     from snn.data.h5 import read as read_datasets
     from snn.local import training
 
@@ -166,6 +167,8 @@ def train(
         if not quiet:
             err.print("No --data: taking the drawn data set, cats and other things.")
         data = training.drawn_datasets()
+    for file in filter(None, (data, test)):
+        try_apart(file)
     found = read_datasets(data, test=test)
     try:
         check_run(chosen, len(found.train_x), found.train_x[0].size, memory_here())

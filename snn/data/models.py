@@ -14,6 +14,7 @@ import numpy as np
 
 from snn.data.h5 import (
     PREPARATIONS,
+    array,
     check_classes,
     opened,
     preparation,
@@ -48,16 +49,18 @@ def write(
 def _check_numbers(model: Model) -> Model:
     "Raise an `InputError` unless all weights are finite numbers, the image has pixels, and there are two classes."
     named = {
-        f"{name}{l}": array
+        f"{name}{l}": values
         for l, arrays in enumerate(model.layers, start=1)
-        for name, array in zip("Wb", arrays)
+        for name, values in zip("Wb", arrays)
     }
     if model.mean is not None:
         named["mean"] = model.mean
-    for name, array in named.items():
-        if array.dtype.kind != "f":
-            raise InputError(f"{name} is {array.dtype}; it must be float64")
-        if not np.isfinite(array).all():
+    for name, values in named.items():
+        if values.dtype.kind != "f":
+            raise InputError(
+                f"{name} is {values.dtype}; it must be float64, or another floating-point type"
+            )
+        if not np.isfinite(values).all():
             raise InputError(f"{name} holds a value that is infinite or not a number")
     if model.size < 1:
         raise InputError(f"image_size is {model.size}; it must be 1 pixel or more")
@@ -89,7 +92,21 @@ def _layers(file, count: int, because: str) -> list[tuple[np.ndarray, np.ndarray
     for name in (f"{k}{l}" for l in range(1, count + 1) for k in "Wb"):
         if name not in file:
             raise InputError(f"has no {name}, but {because}")
-    return [(file[f"W{l}"][()], file[f"b{l}"][()]) for l in range(1, count + 1)]
+    return [(array(file, f"W{l}"), array(file, f"b{l}")) for l in range(1, count + 1)]
+
+
+def _text(parameters) -> str | bytes:
+    "The attribute `parameters`; raises `InputError` unless it is text."
+    if not isinstance(parameters, (str, bytes)):
+        raise InputError("parameters is no text; it must hold the JSON of a parameters.json")
+    return parameters
+
+
+def _whole(size) -> int:
+    "The attribute `image_size`; raises `InputError` unless it is a whole number."
+    if not np.issubdtype(getattr(size, "dtype", type(size)), np.integer) or np.ndim(size):
+        raise InputError(f"image_size is {size}; it must be a whole number of pixels")
+    return int(size)
 
 # %% ../../nbs/data/04_models.ipynb #a4c1e7d2
 ORIGINAL = {"epochs": 5000, "learning_rate": 0.0075, "batch_size": 64, "threshold": 0.0019}
@@ -140,12 +157,12 @@ def read(
                 raise InputError(f"has no attribute {key}; was it written by snn?")
         if given:
             raise InputError("says itself what its parameters are; give no others")
-        found = parse(file.attrs["parameters"], "its parameters")
+        found = parse(_text(file.attrs["parameters"]), "its parameters")
         layers = _layers(file, found.layers, f"its parameters name {found.layers} layers")
         classes = tuple(map(text_of, np.ravel(file.attrs["classes"])))
         if found.standardise == "mean" and "mean" not in file:
             raise InputError("has no mean, but its parameters say standardise mean")
-        mean = file["mean"][()] if found.standardise == "mean" else None
-        size, prepared = int(file.attrs["image_size"]), preparation(file)
+        mean = array(file, "mean") if found.standardise == "mean" else None
+        size, prepared = _whole(file.attrs["image_size"]), preparation(file)
         model = Model(found, layers, classes, size, prepared=prepared, mean=mean)
         return _check_numbers(_check_shapes(model))

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .h5 import Datasets, check, why_not_read
-from ..errors import InputError
+from .h5 import Datasets, check
+from ..errors import InputError, why_not_read
 from ..maths.sampling import SPLIT, generator
 
 # %% ../../nbs/data/02_photographs.ipynb #8ed8d682

@@ -22,6 +22,7 @@ from botocore.exceptions import ClientError
 from ..cloud.bucket import Bucket, Upload
 from ..cloud.messages import LAMBDA, Resumption, check_run
 from ..data import h5 as datasets
+from ..data.apart import try_apart
 from .inputs import Account, describe, parameters_of
 from .wheels import clone_folder
 from ..errors import InputError
@@ -78,6 +79,8 @@ def upload(
     again: bool = False,  # a run of its own, even if there was one of the same files
 ) -> str:  # the run
     "Put parameters and data where they start a run; raises `InputError` for wrong files."
+    for part in filter(None, (data, test)):
+        try_apart(part)
     sent = datasets.content(data, test)
     found = datasets.read(data, test=test)
     if parameters:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-from ..errors import InputError
+from ..errors import InputError, why_not_read
 from .activations import ACTIVATIONS
 
 # %% ../../nbs/maths/01_parameters.ipynb #3aee81a7
@@ -119,7 +119,11 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
 # %% ../../nbs/maths/01_parameters.ipynb #c2ec27af
 def _shown(value: Any) -> str:
     "A value as JSON, shortened: error messages show it to a person."
-    text = json.dumps(value, default=str)
+    return _brief(json.dumps(value, default=str))
+
+
+def _brief(text: str) -> str:
+    "A text of which a sentence may hold no more than a line."
     return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../../nbs/maths/01_parameters.ipynb #ebd4c654
@@ -134,7 +138,7 @@ def _convert_struct(path: str, value: dict, kind: type[Struct]) -> Any:
     fields, hints = msgspec.structs.fields(kind), get_type_hints(kind, include_extras=True)
     for key in value:
         if key not in hints:
-            raise InputError(f"unknown key {path}{key}; {_nearest(key, list(hints))}")
+            raise InputError(f"unknown key {path}{_brief(key)}; {_nearest(key, list(hints))}")
     for field in fields:
         if field.required and field.name not in value:
             raise InputError(
@@ -174,7 +178,7 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
         value = int(value)  # 3.0 is a whole number to JSON
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeError):  # a lone surrogate is no text to msgspec
         raise InputError(
             f"{path} holds {_shown(value)}; it may hold {_may_hold(kind)}"
         ) from None
@@ -193,7 +197,9 @@ def _check_layers(parameters: Parameters) -> None:
                 raise InputError(f"layers is {parameters.layers}, but {key} has no {layer}")
         for layer in given:
             if layer not in expected:
-                raise InputError(f"{key} has {layer}, but layers is {parameters.layers}")
+                raise InputError(
+                    f"{key} has {_brief(layer)}, but layers is {parameters.layers}"
+                )
         if (
             key == "neurons"
             and parameters.granularity == "neuron"
@@ -233,11 +239,12 @@ def _refuse_constant(text: str) -> None:
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict:
     "An object of JSON, unless a key is in it twice."
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise InputError(f"has the key {key} twice; one of the two must go")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"has the key {_brief(key)} twice; one of the two must go")
+        found[key] = value
+    return found
 
 # %% ../../nbs/maths/01_parameters.ipynb #aef22477
 def parse(
@@ -267,10 +274,9 @@ def read(
     path: str | Path,  # of a parameters.json
 ) -> Parameters:
     "Parameters from a file; raises `InputError`."
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    return parse(path.read_bytes(), str(path))
+    if why := why_not_read(path):
+        raise InputError(f"{path}: {why}")
+    return parse(Path(path).read_bytes(), str(path))
 
 # %% ../../nbs/maths/01_parameters.ipynb #5c0de7f1
 LATER = ("augment", "dropout", "standardise", "checkpoint_seconds", "run")

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from ..data import h5 as data
+from ..data.apart import try_apart
 from ..data.models import read
 from ..errors import InputError
 from ..maths.model import Evaluation, Model, evaluate
@@ -75,9 +76,11 @@ def load(
     sources: Sources,
 ) -> Served:
     "Read a model and all that is known about it; raises `InputError`."
+    try_apart(sources.model)
     model = read(sources.model, sources.parameters)
     evaluation = None
     if sources.data:
+        try_apart(sources.data)
         evaluation = evaluate(model, *data.read_test(sources.data))
     run = _run(sources.run) if sources.run else None
     return Served(model, model_id(model), datetime.now(UTC), evaluation, run)
