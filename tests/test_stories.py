@@ -344,7 +344,7 @@ def test_the_analysis_calls_it_better_only_if_the_interval_lies_above_the_baseli
     for notebook in (told / "Analysis.ipynb", pipeline[0] / "Analysis.ipynb"):
         low, baseline, better = verdict(notebook)
         assert better == (low > baseline), notebook
-        assert ("do not show that it is better" in said_in(notebook)) != better
+        assert ("these images do not show that it is" in said_in(notebook)) != better
 
 
 @pytest.mark.timeout(900)

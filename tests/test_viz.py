@@ -72,6 +72,9 @@ PICTURES = {
     "training and test": lambda trained, images: learning.training_and_test(
         [0, 5, 10], [0.7, 0.3, 0.1], [0.7, 0.4, 0.5], [0.7] * 10
     ),
+    "rivals": lambda trained, images: learning.rivals(
+        {"slow": [(1, 0.7, 0.7), (2000, 0.1, 0.2)], "fast": [(1, 0.7, 0.7), (200, 0.01, 0.1)]}
+    ),
     "graph": lambda trained, images: graph.computation_graph(graph.example()),
     "gradients": lambda trained, images: learning.gradient_norms([[1e-3, 0, 1], [1e-4, 0, 2]]),
     "weights": lambda trained, images: learning.weights_over_epochs(
@@ -224,6 +227,7 @@ def test_curves_say_what_their_axes_are(trained, images):
     for name in (
         "cost",
         "training and test",
+        "rivals",
         "gradients",
         "roc",
         "trust",
