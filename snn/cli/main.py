@@ -87,6 +87,11 @@ COMMANDS = {
         "Look at the account and the stack: quotas, DNS, endpoints, parameter server, a message through each function.",
         CLOUD,
     ),
+    "smoke": Entry(
+        "care",
+        "Deploy under a scratch name, train in every way, predict, destroy; costs some cents and half an hour.",
+        CLOUD,
+    ),
     "wake": Entry("care", "Wake a stack that sleeps, which takes some ten minutes.", CLOUD),
     "approve": Entry(
         "deploy",

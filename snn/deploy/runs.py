@@ -308,6 +308,7 @@ def finished(
     "Whether a run has left all it leaves."
     head = lambda key: account.client("s3").head_object(Bucket=bucket, Key=key)
     try:
+        head(f"training_results/{run}/run.json")  # which comes last
         own, served = (
             head(f"training_results/{run}/params.h5"),
             head("prediction_input/params.h5"),

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import time
-import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
@@ -36,8 +35,9 @@ from snn.deploy.teardown import (
     tagged,
 )
 from snn.errors import InputError
-from snn.local.lambda_runtime import Function, Pool, Runtime
+from snn.local.lambda_runtime import Runtime
 from snn.local.server import local_aws, parameter_server
+from snn.local.stack import install
 
 UNSEEN = {"zones", "network", "service-linked roles", "mail"}  # what a local AWS can't tell
 OPTIONS = {"NeuronConcurrency": "20", "Notebook": "no"}
@@ -56,48 +56,6 @@ def cloud():
 @pytest.fixture
 def account(cloud):
     return Account("us-east-1", cloud[2].url)
-
-
-def install(cloud, account, folder: Path) -> None:
-    """Let the local Lambda run the functions just as they were deployed; only the addresses of services are those here.
-
-    The AWS hands their events to it, if a variable of a function says where."""
-    runtime, server, aws = cloud
-    here = {
-        **aws.environment(),
-        "SNN_REDIS_URL": server.url,
-        "SNN_REDIS_SECRET": "",
-        "HOME": str(folder),
-    }
-    for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
-        deployed = account.client("lambda").get_function(FunctionName=f"Cats-{name}")
-        settings, place = deployed["Configuration"], folder / name
-        with urllib.request.urlopen(deployed["Code"]["Location"]) as answer:
-            (folder / f"{name}.zip").write_bytes(answer.read())
-        with zipfile.ZipFile(folder / f"{name}.zip") as file:
-            file.extractall(place)
-        function = Function(
-            f"Cats-{name}",
-            settings["Handler"],
-            place,
-            {**settings["Environment"]["Variables"], **here},
-            settings["Timeout"],
-            settings["MemorySize"],
-        )
-        runtime.pools[function.name] = Pool(function, runtime)
-    for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
-        function = f"Cats-{name}"
-        settings = account.client("lambda").get_function(FunctionName=function)[
-            "Configuration"
-        ]
-        proxy = f"{runtime.url}/2015-03-31/functions/{function}/invocations"
-        variables = {
-            **settings["Environment"]["Variables"],
-            "MINISTACK_LAMBDA_PROXY_URL": proxy,
-        }
-        account.client("lambda").update_function_configuration(
-            FunctionName=function, Environment={"Variables": variables}
-        )
 
 
 def wait_for(account, run: str):
@@ -136,7 +94,7 @@ def test_from_nothing_to_a_model_and_back_to_nothing(
         check_stack(account, inputs._replace(bucket="dogs"))
 
     # An upload with snn upload starts a run on the packages that were deployed.
-    install(cloud, account, tmp_path)
+    install(*cloud, account, "Cats", tmp_path)
     file = tmp_path / "parameters.json"
     file.write_bytes(msgspec.json.encode(parameters))
     run = runs.upload(account, "Cats", datasets, file)
