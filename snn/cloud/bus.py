@@ -57,7 +57,6 @@ class Bus:
     ) -> None:
         "Store the values, send what follows, and record that the invocation has done all it had to: in this order."
         self.store.put(message, values)
-        self.store.meter.used.messages += len(following)
         self.send(following)
         self.store.finish(message, seconds)
 
@@ -242,7 +241,6 @@ class Queue(Bus):
     ) -> None:
         "The same as of every bus, at one moment, with the next request."
         envelopes = [encoded_envelope(message) for message in following]
-        self.store.meter.used.messages += len(following)
         self.store.finish(message, seconds, values, envelopes, self._place(envelopes))
 
     def settle(self) -> None:

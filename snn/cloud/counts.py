@@ -14,30 +14,10 @@ from msgspec import Struct
 class Used(Struct):
     "What an invocation has counted. The names are those of the counters on the parameter server."
 
-    stored: int = 0  # bytes of arrays, for other steps of the epoch
-    weights: int = 0  # bytes of weights, for the next epoch
-    asked: int = 0  # bytes of arrays that it works on
-    fetched: int = 0  # bytes that it had to fetch, weights included
-    messages: int = 0  # sent, but for those that the parameter server sends when a barrier is complete: it counts them itself
     costs: int = 0  # entries in the Costs table
     billed: int = 0  # microseconds, up to the command that reports them
     starts: int = 0  # 1, if it is the first of its process
     init: int = 0  # microseconds of processor time that its process had taken before
-
-    def store(self, values: dict[str, bytes]) -> None:
-        "Arrays go to the parameter server."
-        for name, value in values.items():
-            if name.startswith("w"):
-                self.weights += len(value)
-            else:
-                self.stored += len(value)
-
-    def fetch(self, names: list[str], values: list[bytes | None]) -> None:
-        "Arrays have come from the parameter server."
-        for name, value in zip(names, values):
-            self.fetched += len(value or b"")
-            if not name.startswith("w"):
-                self.asked += len(value or b"")
 
     def text(self) -> str:
         "As the scripts of the parameter server read it."

@@ -26,11 +26,6 @@ class Count(NamedTuple):
     duplicates: int = 0  # invocations that found their work done
     microseconds: int = 0  # that the finished ones took, up to their barrier
     # and what they have counted of their own work, see `counts`
-    messages: int = 0  # sent
-    stored: int = 0  # bytes of arrays, for other steps of the epoch
-    asked: int = 0  # bytes of arrays that they worked on
-    fetched: int = 0  # bytes that they had to fetch
-    weights: int = 0  # bytes of weights, for the next epoch
     costs: int = 0  # entries in the Costs table
     billed: int = 0  # microseconds from begin to end
     starts: int = 0  # processes that were started

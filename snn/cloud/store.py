@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASTER', 'BEST', 'NAMES', 'FENCE', 'OPEN', 'COUNTED', 'JOIN', 'PUT', 'FINISH', 'BID', 'PATIENCE', 'REFUSALS', 'LARGE',
-           'READ_SIZE', 'WITHOUT_KEYS', 'encode', 'size_of', 'decode', 'tag', 'key', 'Refusing', 'refusal', 'patiently',
-           'Client', 'keys_in', 'in_namespace', 'Packer', 'connect', 'shown', 'Outbox', 'Opened', 'Joined',
-           'Incomplete', 'Store']
+           'READ_SIZE', 'WITHOUT_KEYS', 'encode', 'decode', 'tag', 'key', 'Refusing', 'refusal', 'patiently', 'Client',
+           'keys_in', 'in_namespace', 'Packer', 'connect', 'shown', 'Outbox', 'Opened', 'Joined', 'Incomplete', 'Store']
 
 # %% ../../nbs/cloud/02_store.ipynb #38129477
 import json
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -43,18 +41,6 @@ def encode(
     "Arrays as one string of bytes that says what it holds."
     head = _head(tuple((a.dtype.str, a.shape) for a in arrays))
     return b"".join([head, *(np.ascontiguousarray(a).data for a in arrays)])
-
-
-@lru_cache(maxsize=4096)
-def size_of(
-    dtype: str,
-    shapes: tuple[tuple[int, ...], ...],
-) -> int:
-    "Bytes of the string that `encode` makes of arrays of one type and these shapes."
-    kind = np.dtype(dtype)
-    return len(_head(tuple((kind.str, shape) for shape in shapes))) + sum(
-        prod(shape) * kind.itemsize for shape in shapes
-    )
 
 # %% ../../nbs/cloud/02_store.ipynb #55d7bba5
 @lru_cache(maxsize=256)
@@ -155,13 +141,12 @@ elseif uncounted then redis.call('HINCRBY', KEYS[2], role .. ':duplicates', 1) e
 JOIN = (
     COUNTED
     + """
-local group, expected, following, envelope, sender, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], ARGV[12], nil
+local group, expected, following, envelope, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], nil
 if first then
-  if #ARGV > 12 then redis.call('HSET', KEYS[1], unpack(ARGV, 13)) end
+  if #ARGV > 11 then redis.call('HSET', KEYS[1], unpack(ARGV, 12)) end
   joined = redis.call('HINCRBY', KEYS[1], 'joined:' .. group, 1)
 else joined = tonumber(redis.call('HGET', KEYS[1], 'joined:' .. group) or 0) end
 local send = joined >= expected and redis.call('HEXISTS', KEYS[1], 'attempts:' .. following) == 0
-if send then redis.call('HINCRBY', KEYS[2], sender .. ':messages', 1) end
 if send and KEYS[4] then redis.call('RPUSH', KEYS[4], envelope) end
 return {'open', joined, send and 1 or 0}
 """
@@ -520,7 +505,6 @@ class Store(Outbox):
         opened = Opened(
             status.decode(), values[0] if values else [], found[0] if found else []
         )
-        self.meter.used.fetch([*fields, *weights], [*opened.values, *opened.weights])
         return opened
 
     def open_later(self, message: Message) -> None:
@@ -577,7 +561,6 @@ class Store(Outbox):
         step, role = message.step, message.function
         if following.batch != message.batch:
             step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
-        self.meter.used.store(values)
         group, small = (
             f"{role}/{message.direction}/{message.layer}",
             self._large(message, following.batch, values),
@@ -593,7 +576,6 @@ class Store(Outbox):
             expected,
             following.step,
             envelope,
-            message.function,
             *small,
             also=queues,
         )
@@ -627,7 +609,6 @@ class Store(Outbox):
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
         "Store values with the message's mini-batch, before the next request."
-        self.meter.used.store(values)
         if small := self._large(message, message.batch, values):
             self.later(
                 *self._call(
@@ -644,7 +625,6 @@ class Store(Outbox):
         queue: str = "",
     ) -> None:
         "Record, with the next request, that an invocation has done all it had to; values are stored and envelopes left in a queue on this server at the same moment."
-        self.meter.used.store(values)
         small = self._large(message, message.batch, values)
         self.later(
             *self._counted(
@@ -672,7 +652,6 @@ class Store(Outbox):
     def read(self, run: str, batch: int, epoch: int, fields: list[str]) -> list[bytes]:
         "Fields that another mini-batch or epoch left; raises `Incomplete` if one is missing."
         values = self.now("HMGET", key(run, batch, epoch), *fields)
-        self.meter.used.fetch(fields, values)
         for field, value in zip(fields, values):
             if value is None:
                 raise Incomplete(f"{key(run, batch, epoch)} has no {field}")

@@ -116,7 +116,7 @@ class Recorder(Store):
             return [b"open", self.fetch(exchange, where, given)]
         if script == "bid":
             return [b"open", int(self.wins)]
-        begin = {"put": 0, "join": 8, "finish": 4}[script]
+        begin = {"put": 0, "join": 7, "finish": 4}[script]
         if script == "finish":
             begin += given[3]
             self.send(exchange, given[4:begin])

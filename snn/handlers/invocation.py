@@ -24,7 +24,7 @@ from msgspec import Struct
 from ..cloud.bucket import Bucket
 from ..cloud.messages import ALL, Message, Plan, blocks
 from ..cloud.services import Services
-from ..cloud.store import Incomplete, decode, encode, key, size_of
+from ..cloud.store import Incomplete, decode, encode, key
 from ..cloud.telemetry import note
 from ..maths.augment import batch_inputs, dropout_mask, masked
 from ..maths.network import Layer, initialise_layer, rows
@@ -293,7 +293,6 @@ def weights(
     if unknown := unknown_weights(call, wanted):
         names, store = weight_names(unknown), call.services.store
         values = store.now("HMGET", source_key(call.message), *names)
-        store.meter.used.fetch(names, values)
         keep_weights(call, unknown, values)
     return [call.memory.weights[block] for block in wanted]
 
@@ -346,8 +345,6 @@ def open_invocation(
     message, store, memory = call.message, call.services.store, call.memory
     unknown = [name for name in names if (message.batch, name) not in memory.arrays]
     lacking = unknown_weights(call, wanted)
-    known = [memory.arrays[message.batch, name] for name in names if name not in unknown]
-    store.meter.used.asked += sum(size_of(a.dtype.str, (a.shape,)) for a in known)
     again = message.id in memory.begun
     memory.begun.add(message.id)
     call.services.ledger.started(message)

@@ -2,16 +2,26 @@
 
 import json
 import time
+from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from snn.cloud.bucket import Upload
+from snn.cloud.messages import Message
 from snn.cloud.meter import reading
 from snn.cloud.prices import load
+from snn.cloud.services import Services
+from snn.cloud.store import Store, encode
 from snn.data import h5 as data
 from snn.estimate.estimate import planned
 from snn.estimate.work import run_work
+from snn.handlers import protocol
+from snn.handlers.upload import start
+from snn.lab.faults import LabBucket
+from snn.local.server import parameter_server
 
 GRANULARITIES = ("neuron", "layer", "network")
 
@@ -30,6 +40,12 @@ networks = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )
+
+
+@pytest.fixture(scope="module")
+def server():
+    with parameter_server() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +105,7 @@ def test_ten_random_networks_do_exactly_what_was_estimated(run_of, cloud, drawn)
         found = reading(
             plan, counts, cloud.services.runs.status(plan.run), time.time(), load()
         )
-        assert (found.messages, found.stored, found.asked, found.writes) == (
-            expected.messages,
-            expected.stored,
-            expected.asked,
-            expected.writes,
-        )
-        if not chosen.validation_fraction:
-            assert expected.weights[0] <= found.weights <= expected.weights[1]
+        assert (found.messages, found.writes) == (expected.messages, expected.writes)
         assert total(counts, "costs") == expected.costs and total(counts, "duplicates") == 0
 
 
@@ -118,20 +127,91 @@ def test_what_a_run_reports_in_its_file_is_the_same(run_of, cloud):
         chosen, plan, counts = run_of(drawn, granularity)
         expected = run_work(planned(chosen, 30, 4), 3)
         meter = json.loads(cloud.bucket.get(f"training_results/{plan.run}/run.json"))["meter"]
-        assert (meter["messages"], meter["stored"], meter["asked"], meter["writes"]) == (
-            expected.messages,
-            expected.stored,
-            expected.asked,
-            expected.writes,
-        )
+        assert (meter["messages"], meter["writes"]) == (expected.messages, expected.writes)
         assert meter["usage"]["invocations"] == {
             name: count.attempts for name, count in counts.items()
         }
-        assert meter["weights"] == expected.weights[0] == expected.weights[1]
         assert sum(meter["bill"].values()) == pytest.approx(meter["dollars"]) and meter[
             "per_epoch"
         ] == pytest.approx(meter["dollars"] / 3)
         assert meter["per_neuron"] == pytest.approx(meter["dollars"] / 8)
+
+
+@pytest.fixture
+def bytes_moved(monkeypatch):
+    "Bytes that real handlers in this process store and ask for, of arrays of their epoch; of weights, what they store."
+    moved, real = (
+        Counter(),
+        {name: getattr(Store, name) for name in ("put", "finish", "_join")},
+    )
+    array = lambda name: "weights" if name.startswith("w") else "stored"
+
+    def counting(name, values_of):
+        def counted(self, *arguments, **more):
+            for array_name, value in (values_of(*arguments) or {}).items():
+                moved[array(array_name)] += len(value)
+            return real[name](self, *arguments, **more)
+
+        monkeypatch.setattr(Store, name, counted)
+
+    counting("put", lambda message, values: values)
+    counting("finish", lambda *arguments: dict(*arguments[2:3]))
+    counting("_join", lambda *arguments: arguments[4])
+    begin, read = protocol.open_invocation, Store.read
+
+    def begun(call, *arguments):
+        status = begin(call, *arguments)
+        moved["asked"] += sum(len(encode(array)) for array in call.arrays.values())
+        return status
+
+    def reading_of(self, run, batch, epoch, names):
+        values = read(self, run, batch, epoch, names)
+        moved["asked"] += sum(map(len, values)) * names[0].startswith("g")
+        return values
+
+    monkeypatch.setattr(protocol, "open_invocation", begun)
+    monkeypatch.setattr(Store, "read", reading_of)
+    return moved
+
+
+@pytest.mark.parametrize("aggregation", ["best", "mean"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_handlers_move_the_bytes_that_were_estimated(
+    granularity, aggregation, bytes_moved, server, parameters, small_datasets, tmp_path
+):
+    "A real parameter server, and real handlers, one after the other."
+    chosen = parameters(
+        (3, 2, 1),
+        granularity=granularity,
+        aggregation=aggregation,
+        optimizer={"name": "adam"},
+        batch_size=8,
+        epochs=3,
+    )
+    path = tmp_path / "datasets.h5"
+    data.write(small_datasets(size=4, train=20, test=2), path)
+    services = Services({"SNN_REDIS_URL": server.url})
+    services._buckets["lab"] = LabBucket(
+        {
+            "in/datasets.h5": path.read_bytes(),
+            "in/parameters.json": msgspec.json.encode(chosen),
+        }
+    )
+    run = start(Upload("lab", "in/datasets.h5", f"{granularity}{aggregation}"), services)
+    handled = 0
+    while envelopes := services.bus.take("hand", wait=0):
+        for envelope in envelopes:
+            protocol.handle(msgspec.json.decode(envelope.event, type=Message), services)
+            handled += 1
+    assert services.runs.status(run).state == "finished"
+    moved = dict(bytes_moved)  # the recording is made by the same handlers
+    expected = run_work(planned(chosen, 20, 4), 3)
+    assert (handled, moved["stored"], moved["asked"]) == (
+        expected.messages,
+        expected.stored,
+        expected.asked,
+    )
+    assert expected.weights[0] <= moved["weights"] <= expected.weights[1]
 
 
 def test_the_shape_of_results_json_is_the_originals(run_of, cloud):
