@@ -1852,4 +1852,5 @@ d = { 'settings': { 'branch': 'main',
                                'snn.viz.style.Sheet.png': ('viz/style.html#sheet.png', 'snn/viz/style.py'),
                                'snn.viz.style.gallery': ('viz/style.html#gallery', 'snn/viz/style.py'),
                                'snn.viz.style.sheet': ('viz/style.html#sheet', 'snn/viz/style.py'),
-                               'snn.viz.style.show_image': ('viz/style.html#show_image', 'snn/viz/style.py')}}}
+                               'snn.viz.style.show_image': ('viz/style.html#show_image', 'snn/viz/style.py'),
+                               'snn.viz.style.verbatim': ('viz/style.html#verbatim', 'snn/viz/style.py')}}}

@@ -11,16 +11,19 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, seed, settings, strategies
+from hypothesis import HealthCheck, example, given, seed, settings, strategies
+from matplotlib.cbook import is_math_text
+from matplotlib.text import Text
 from PIL import Image, PngImagePlugin
 
 from snn.cli.console import shown
-from snn.cloud.messages import check_run, weight_bytes
+from snn.cloud.messages import LAMBDA, check_run, weight_bytes
 from snn.data import apart, models, photographs
 from snn.data import h5 as data
 from snn.errors import InputError
 from snn.maths import model, network
 from snn.maths.parameters import from_dict, parse
+from snn.viz import answers
 
 VALUES = {
     "epochs": 2,
@@ -144,17 +147,16 @@ def test_plain_virtual_and_two_files_train_to_the_same_bytes(snn, tmp_path):
         ]
     ):
         out = tmp_path / f"out [v{number}]"
-        code, _, error = snn(
+        code, said, error = snn(
             "train",
             "--data",
             *given_data,
             "--parameters",
             tmp_path / "parameters.json",
-            "--quiet",
             "--out",
             out,
         )
-        assert code == 0, error
+        assert code == 0 and f"params.h5       {out / 'params.h5'}" in said, error
         made.append((out / "params.h5").read_bytes())
     assert made[0] == made[1] == made[2]
     code, said, error = snn(
@@ -771,3 +773,139 @@ def test_an_address_in_s3_is_no_file_and_keeps_its_slashes(form, snn):
     assert err.strip() == (
         "s3://b//x.h5: --data takes a file on this machine; copy it here with aws s3 cp"
     )
+
+
+# Names of any kind, by every command that prints them
+
+NASTY = "[]/:$\\{}<>&*_`'\"\x1b\x07\r\t\u202e\u200f猫e\u0301\U0001f408 ab-"
+FILE_NAMES = strategies.text(NASTY.replace("/", "") + "\udce9\udcff", min_size=1, max_size=12)
+CLASS_NAMES = strategies.text(NASTY, min_size=1, max_size=12).filter(
+    lambda name: name == name.strip(" \0\t\r\n") and name.strip()
+)
+
+
+def said_by(snn, *arguments) -> str:
+    "What a command prints, with line breaks that a narrow terminal would not add."
+    code, said, error = snn(*arguments)
+    assert code == 0 and "Traceback" not in error, error
+    return said + error
+
+
+@seed(0)
+@settings(
+    max_examples=4,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    files=strategies.lists(FILE_NAMES, min_size=2, max_size=2, unique=True),
+    classes=strategies.lists(CLASS_NAMES, min_size=2, max_size=2, unique=True),
+)
+@example(files=["[b] :cat: $x$", "caf\udce9\udcff"], classes=["[/no]", "[bold]$\\frac$ a$"])
+@example(files=["a\x1b[31mb", "\u202e猫"], classes=[":cat:", "\U0001f408\x07"])
+def test_no_command_changes_a_name(files, classes, snn, tmp_path_factory, monkeypatch):
+    done = type(
+        "Done", (), {"returncode": 0}
+    )  # each name makes another file, half a second each
+    monkeypatch.setattr(apart.subprocess, "run", lambda *_, **__: done)
+    folder = tmp_path_factory.mktemp("names")
+    one, two = (folder / f"1{files[0]}", folder / f"2{files[1]}")
+    saved(one, list_classes=[name.encode() for name in classes])
+    no, yes = map(shown, classes)
+    for command in (("info", one), ("check", one), ("join", one, one, "--out", two)):
+        said = said_by(snn, "data", *command)
+        assert shown(str(command[-1])) in said and all(
+            f" {name}" in said for name in (no, yes)
+        )
+    facts = json.loads(said_by(snn, "data", "info", "--json", one))
+    assert facts["classes"] == classes
+    chosen = from_dict(VALUES)
+    layers = [layer[:2] for layer in network.initialise(chosen, 192)]
+    trained = folder / f"3{files[0]}"
+    models.write(model.Model(chosen, layers, tuple(classes), 8), trained)
+    said = said_by(snn, "evaluate", "--model", trained, "--data", one)
+    assert f"it is {no}" in said and f"called {yes}" in said
+    picture = folder / f"4{files[1]}"
+    with open(picture, "wb") as file:
+        scene().save(file, "PNG")
+    said = said_by(snn, "predict", "--model", trained, picture)
+    assert shown(str(picture)) in said and f"it is a {yes})" in said
+    found = json.loads(said_by(snn, "predict", "--json", "--model", trained, picture))
+    assert found[0]["class"] in classes
+    assert found[0]["image"] == os.fsencode(picture).decode("utf-8", "backslashreplace")
+    for missing in (("data", "info"), ("predict", "--model", trained), ("train", "--data")):
+        code, said, error = snn(*missing, folder / f"5{files[1]}")
+        assert code == 2 and said == "" and len(error.splitlines()) == 1
+        assert f"5{shown(files[1])}" in error or missing[0] == "train"
+    matrix = answers.confusion(((1, 2), (3, 4)), tuple(classes))
+    sure = answers.sureness(np.array([0, 1]), np.array([0.1, 0.9]), tuple(classes))
+    told = answers.told(arrays()["test_set_x"][:2], np.array([0.1, 0.9]), tuple(classes))
+    for figure in (matrix, sure, told):
+        drawn = [text.get_text() for text in figure.findobj(Text)]
+        assert any(answers.verbatim(classes[1]) in text for text in drawn)
+        assert not any(is_math_text(text) for text in drawn if classes[1].strip() in text)
+
+
+def test_a_class_name_between_dollars_is_drawn_and_described_as_it_is():
+    figure = answers.told(arrays()["test_set_x"][:1], np.array([0.9]), ("no", r"$\nope$"))
+    assert figure.png() and figure.description == r"$\nope$, 90%"
+
+
+@pytest.mark.parametrize(
+    "name, right",
+    [(b"caf\xe9", "caf\\xe9"), (b"\xff", "\\xff"), ("猫".encode(), "猫")],
+)
+def test_a_class_name_that_is_not_utf_8_is_escaped_and_stays_another(
+    name, right, snn, tmp_path
+):
+    path = saved(tmp_path / "d.h5", list_classes=[name, b"\xfe"])
+    assert data.read(path).classes == (right, "\\xfe")
+    assert json.loads(snn("data", "info", "--json", path)[1])["classes"] == [right, "\\xfe"]
+
+
+# A run that no machine or server can hold is the same to all
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"neurons": {"layer1": 8000, "layer2": 1}, "granularity": "neuron"}, "at most 7000"),
+        ({"batch_size": 1}, "9,000 mini-batches of 9,000 images"),
+        ({"neurons": {"layer1": 10**9, "layer2": 1}}, "of memory; there are"),
+        ({"neurons": {"layer1": 5 * 10**5, "layer2": 1}}, "in one piece"),
+        ({"validation_fraction": 0.00001}, "holds back no image of 9000"),
+        ({"augment": {"shift": 8}}, "out of sight"),
+    ],
+)
+def test_train_upload_estimate_and_launch_refuse_a_run_in_the_same_words(
+    changes, words, snn, tmp_path, monkeypatch
+):
+    from snn.cloud.bucket import Upload
+    from snn.deploy import runs
+    from snn.handlers import upload
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("snn.cloud.messages.memory_here", lambda: LAMBDA)
+    monkeypatch.setattr(upload, "memory_here", lambda: LAMBDA)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (9000, 8, 8, 3)).astype(np.uint8)
+    saved(tmp_path / "d.h5", train_set_x=images, train_set_y=np.arange(9000) % 2)
+    (tmp_path / "p.json").write_text(text := json.dumps({**VALUES, **changes}))
+    given = ("--data", "d.h5", "--parameters", "p.json")
+    said = [snn(command, *given)[2].strip() for command in ("train", "estimate")]
+    with pytest.raises(InputError) as refused:
+        runs.upload(None, "Cats", tmp_path / "d.h5", tmp_path / "p.json")
+    said.append(str(refused.value))
+    with pytest.raises(InputError) as refused:
+        chosen = parse(text)
+        monkeypatch.setattr(upload, "read_parameters", lambda *_: (chosen, None))
+        monkeypatch.setattr(
+            upload, "read_datasets", lambda *_: (data.read(tmp_path / "d.h5"), "e")
+        )
+        monkeypatch.setattr(upload.checkpoint, "is_new_upload", lambda *_: False)
+        bucket = type("Services", (), {"bucket": lambda self, name: None})()
+        upload.start(Upload("b", "training_input/d.h5", "e"), bucket)
+    said.append(str(refused.value))
+    assert all(words in sentence for sentence in said), said
+    assert len({sentence.split(": ", 1)[-1] for sentence in said}) == 1, said

@@ -333,15 +333,19 @@ def array(
 def text_of(
     name,  # of a class, as h5py gives it
 ) -> str:
-    "A class name as text; HDF5 holds bytes."
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    "A class name as text; HDF5 holds bytes, and those that are not UTF-8 are written as `\\xe9`."
+    if isinstance(name, str):
+        name = name.encode("utf-8", "surrogateescape")  # as h5py reads it
+    return name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
 
 
 def _names(file, classes: np.ndarray) -> tuple[str, ...]:
     "Class names as text."
     import h5py
 
-    spelt = lambda row: "".join(map(chr, np.ravel(row))).rstrip("\0 ")
+    spelt = lambda row: (
+        np.ravel(row).astype("<u2").tobytes().decode("utf-16-le", "backslashreplace")
+    ).rstrip("\0 ")
     if classes.dtype.kind == "u" and classes.ndim == 2:
         return tuple(map(spelt, classes.T))
     return tuple(

@@ -22,6 +22,7 @@ from snn.viz.style import (
     Sheet,
     gallery,
     sheet,
+    verbatim,
 )
 
 # %% ../../nbs/viz/05_answers.ipynb #5863703e
@@ -37,8 +38,8 @@ def confusion(
         title=f"{matrix.sum()} test images",
         xticks=[0, 1],
         yticks=[0, 1],
-        xticklabels=classes,
-        yticklabels=classes,
+        xticklabels=[*map(verbatim, classes)],
+        yticklabels=[*map(verbatim, classes)],
         xlabel="what the network says",
         ylabel="what it is",
     )
@@ -141,9 +142,9 @@ def sureness(
     "Every picture at its probability, by what it is."
     figure = sheet(8, 1.9)
     axis = figure.add_subplot(
-        xlabel=f"probability of {classes[1]}",
+        xlabel=f"probability of {verbatim(classes[1])}",
         yticks=[0, 1],
-        yticklabels=classes,
+        yticklabels=[*map(verbatim, classes)],
         xlim=(-0.01, 1.01),
         ylim=(-0.6, 1.6),
         title="Every test image, by what it is and what the network says",
