@@ -5,6 +5,10 @@ import json
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import patch
 from urllib.request import urlopen
 
 import h5py
@@ -18,7 +22,8 @@ from starlette.testclient import TestClient
 from snn.cloud.services import Services
 from snn.data import h5 as data
 from snn.live.host import stage_on
-from snn.live.page import create
+from snn.live.page import create, let_go
+from snn.live.watching import Onlooker
 from snn.live.widget import Live, reply, stage_of
 from snn.local import training
 from snn.replay.compute import replay_on
@@ -40,15 +45,54 @@ def arrays(path) -> dict[str, bytes]:
         return {name: file[name][()].tobytes() for name in file}
 
 
+STEPS = [*["neuron"] * 4, *["layer"] * 3, "mini-batch", "epoch", "neuron"]
+
+
+def walk(stage, cloud) -> dict:
+    "Go on step by step; returns what each step has done, and what happens while the run waits."
+    services, pace = stage.pace.services, stage.pace
+    while not services.runs.knows(name := services.runs.newest(pace.run)):
+        pace.step("neuron")  # as a person who presses until something is seen
+    plan, found = services.runs.plan(name), {"steps": []}
+
+    def done() -> dict[str, int]:
+        counts = services.ledger.counts(plan)
+        epoch = services.runs.status(name).epoch
+        return {f: count.finished for f, count in counts.items()} | {"epoch": epoch}
+
+    for unit in STEPS:
+        before = done()
+        pace.step(unit)
+        found["steps"].append((unit, {k: v - before[k] for k, v in done().items()}))
+    found["held"] = stage.state()["held"], done()
+    clock = SimpleNamespace(time=lambda: time.time() + 1000)  # it seems to stand still
+    with patch("snn.cloud.runs.time", clock):
+        for _ in range(3):
+            cloud.workers.watch(services, "")
+    found["later"], found["mended"] = done(), services.runs.counted(name, "mended")
+    stage.listeners = 1
+    let_go(stage)
+    found["with a page"] = pace.held
+    stage.listeners = 0
+    let_go(stage)
+    found["without"] = pace.held
+    return found
+
+
 @pytest.fixture(scope="module")
 def watched(parameters, small_data, tmp_path_factory):
-    "A training that was watched, and one that was not."
+    "A training that was watched, held back and led step by step, and one that was not."
     chosen = parameters((5, 3, 1), epochs=12, granularity="neuron", **DRAWN)
     folder, stages = tmp_path_factory.mktemp("watched"), []
+    thread = ThreadPoolExecutor(1)
 
     def begun(cloud, run):
-        services = Services(cloud.workers.environment)
-        stages.append(stage_on(run, services, chosen, data.read(small_data)))
+        own = lambda: Services(cloud.workers.environment)
+        cloud.workers.pace.hold()
+        onlooker = Onlooker(run, cloud.workers.pace, own())
+        stages.append(stage_on(run, own(), chosen, data.read(small_data), onlooker))
+        stages[0].walked = thread.submit(walk, stages[0], cloud)
+        stages[0].walked.add_done_callback(lambda _: onlooker.release())
 
     def report(progress):
         if progress.status.state != "running":
@@ -75,6 +119,34 @@ def browser(ended):
 def test_a_watched_training_has_the_same_bytes(watched):
     _, folder = watched
     assert arrays(folder / "watched" / "params.h5") == arrays(folder / "alone" / "params.h5")
+
+
+def test_a_run_goes_on_by_a_neuron_a_layer_a_mini_batch_or_an_epoch(watched):
+    for unit, grown in watched[0].walked.result()["steps"]:
+        if unit == "neuron":
+            assert grown["NeuronLambda"] == 1, grown
+        elif unit == "layer":
+            assert grown["TrainerLambda"] == 1, grown
+        elif unit == "mini-batch":
+            assert grown["TrainerLambda"] > 1 and grown["NeuronLambda"] > 5, grown
+        else:
+            assert grown["epoch"] == 1, grown
+
+
+def test_a_run_that_is_held_back_does_not_stand_still_and_is_not_held_for_nobody(watched):
+    found = watched[0].walked.result()
+    held, then = found["held"]
+    assert held and found["later"] == then and found["mended"] == 0
+    assert found["with a page"] and not found["without"]
+
+
+def test_a_run_that_has_ended_can_not_be_held_back(browser, ended):
+    ask = lambda content: browser.post("/pace", params={"token": ended.token}, content=content)
+    assert not browser.get("/run", params={"token": ended.token}).json()["paced"]
+    assert ask(b'{"do": "hold"}').status_code == 400
+    assert "has ended" in ask(b'{"do": "hold"}').text
+    assert ask(b'{"do": "step", "unit": "month"}').status_code == 400
+    assert browser.post("/pace", content=b'{"do": "hold"}').status_code == 403
 
 
 def test_the_last_frame_is_the_model(watched):

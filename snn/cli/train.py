@@ -85,6 +85,7 @@ class Show:
         parameters: Parameters,
         datasets,  # `Datasets`
         stack: ExitStack,  # that closes the page
+        paused: bool = False,  # does the run wait for the page?
     ):
         self.parameters, self.datasets, self.stack, self.stage = (
             parameters,
@@ -92,15 +93,19 @@ class Show:
             stack,
             None,
         )
-        self.listening = take_port("127.0.0.1", 0)
+        self.listening, self.paused = take_port("127.0.0.1", 0), paused
 
     def begin(self, cloud, run: str) -> None:
         "The run has begun: open the page."
         from snn.cloud.services import Services
         from snn.live.host import hosted, stage_on
+        from snn.live.watching import Onlooker
 
-        services = Services(cloud.workers.environment)
-        self.stage = stage_on(run, services, self.parameters, self.datasets)
+        pace, own = cloud.workers.pace, lambda: Services(cloud.workers.environment)
+        if self.paused and pace:
+            pace.hold()
+        onlooker = pace and Onlooker(run, pace, own())
+        self.stage = stage_on(run, own(), self.parameters, self.datasets, onlooker)
         self.address = self.stack.enter_context(hosted(self.stage, self.listening))
         err.print(f"See it learn at {self.address}", soft_wrap=True)
 
@@ -146,6 +151,9 @@ def train(
     live: Annotated[
         bool, Option("--live", help="Show it in the browser while it learns, and afterwards.")
     ] = False,
+    paused: Annotated[
+        bool, Option("--paused", help="With --live: wait until the page lets it go on.")
+    ] = False,
     quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: Annotated[bool, Option("--json", help="The outcome as JSON.")] = False,
 ) -> None:
@@ -180,7 +188,7 @@ def train(
             f"{GRANULARITIES[chosen.granularity]}."
         )
     with ExitStack() as stack:
-        show = Show(chosen, found, stack) if live else None
+        show = Show(chosen, found, stack, paused) if live or paused else None
         with TrainingProgress(chosen.epochs, quiet) as shown:
             outcome = training.train(
                 chosen,

@@ -17,7 +17,7 @@ from ..errors import InputError
 from .film import Film
 from .page import create
 from .stage import Stage
-from .watching import Watcher, look_at_run
+from .watching import Onlooker, Watcher, look_at_run
 from ..maths.augment import training_mean
 from ..maths.model import Model
 from ..maths.parameters import Parameters
@@ -29,6 +29,7 @@ def stage_on(
     services,  # `Services` of the watcher alone
     parameters: Parameters,
     datasets: Datasets,
+    pace: Onlooker | None = None,  # that may hold it back
 ) -> Stage:
     "A run on a parameter server, on show."
     kept, _ = split(len(datasets.train_x), parameters.validation_fraction, parameters.seed)
@@ -38,7 +39,7 @@ def stage_on(
     watcher = Watcher(
         Film(model, datasets.test_x, datasets.test_y), look_at_run(run, services)
     )
-    return Stage(watcher, run, X, Y)
+    return Stage(watcher, run, X, Y, pace)
 
 # %% ../../nbs/live/07_host.ipynb #1eaf4dc2
 @contextmanager
@@ -68,3 +69,5 @@ def hosted(
         server.should_exit = True
         thread.join()
         stage.watcher.close()
+        if stage.pace and stage.pace.held:
+            stage.pace.release()

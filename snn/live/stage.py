@@ -28,8 +28,10 @@ class Stage:
         name: str,  # of the run
         train_x: np.ndarray,  # what is trained on, (m, size, size, 3) or as rows, uint8
         train_y: np.ndarray,  # (m,), 0 or 1
+        pace=None,  # that can hold the run back, and let it go on by a step
     ):
         self.watcher, self.film, self.name = watcher, watcher.film, name
+        self.pace, self.listeners = pace, 0
         self.X, self.Y = train_x.reshape(len(train_x), -1), train_y
         self.token = secrets.token_urlsafe(16)
 
@@ -49,6 +51,7 @@ class Stage:
             "epochs": parameters.epochs,
             "labels": self.film.test_y.tolist(),
             "images": len(self.X),
+            "paced": self.pace is not None,
             "batches": -(-len(self.X) // parameters.batch_size),
         }
 
@@ -68,7 +71,8 @@ class Stage:
             {"epoch": f.epoch, "cost": f.test_cost, "accuracy": f.accuracy}
             for f in self.film.all()
         ]
-        return {**self.watcher.state, "frames": frames}
+        held = self.pace is not None and self.pace.held
+        return {**self.watcher.state, "frames": frames, "held": held}
 
 # %% ../../nbs/live/04_stage.ipynb #93e031c5
 class Change(msgspec.Struct):

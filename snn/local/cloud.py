@@ -23,7 +23,7 @@ from ..cloud.ledger import create_tables
 from ..cloud.services import Services
 from ..cloud.store import PATIENCE, Refusing, connect
 from .server import answers, listens_at, parameter_server, start_aws
-from .worker import Workers
+from .worker import DONE, LEAVE, Workers
 from ..maths.parameters import Parameters
 
 # %% ../../nbs/local/03_cloud.ipynb #7f8280af
@@ -190,7 +190,17 @@ class LocalCloud:
         "Take away what would stay for ever on a parameter server of somebody else's; the runs' values go by themselves in time."
         hands = [key(name) for name in self.workers.names for key in (taken_by, meant_for)]
         told = ["snn:refused", "snn:answered", "snn:waiting", "snn:missed"]
-        lasting = [QUEUE, DEAD, *hands, "snn:alive", "snn:runs", "snn:newest", *told]
+        lasting = [
+            QUEUE,
+            DEAD,
+            *hands,
+            "snn:alive",
+            "snn:runs",
+            "snn:newest",
+            LEAVE,
+            DONE,
+            *told,
+        ]
         try:
             connect(self.server.url, namespace=self.namespace).unlink(*lasting)
         except (redis.RedisError, Refusing):

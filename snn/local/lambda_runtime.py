@@ -421,6 +421,7 @@ class LambdaWorkers:
     timeout = 60.0  # seconds that a function has
     deaths = 0  # the runtime counts them
     names = ()  # of workers that take from the queue: none
+    pace = None  # Lambda's own client holds nothing back
     every = 5.0  # seconds between two events of the watchdog's schedule
 
     def __init__(

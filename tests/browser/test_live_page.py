@@ -2,7 +2,9 @@
 
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
@@ -13,8 +15,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
     pytest.skip("Chromium is not installed: apt-get install chromium", allow_module_level=True)
 
+from snn.cloud.services import Services
 from snn.data import h5 as data
-from snn.live.host import hosted
+from snn.live.host import hosted, stage_on
+from snn.live.watching import Onlooker
 from snn.live.widget import stage_of
 from snn.local import training
 
@@ -142,3 +146,66 @@ def test_everybody_can_read_it(page):
     SCREENS.mkdir(parents=True, exist_ok=True)
     width = page.viewport_size["width"]
     page.screenshot(path=SCREENS / f"live-{width}.png", full_page=True)
+
+
+def test_a_training_is_held_and_led_neuron_by_neuron_from_the_page(
+    browser, parameters, small_data, tmp_path, until
+):
+    chosen = parameters((5, 3, 1), epochs=4, granularity="neuron", batch_size=256)
+    stages = Queue()
+
+    def begun(cloud, run):
+        own = lambda: Services(cloud.workers.environment)
+        cloud.workers.pace.hold()
+        onlooker = Onlooker(run, cloud.workers.pace, own())
+        stages.put(stage_on(run, own(), chosen, data.read(small_data), onlooker))
+
+    def report(progress):
+        if progress.status.state != "running":
+            seen.watcher.thread.join(60)
+
+    with ThreadPoolExecutor(1) as thread:
+        trained = thread.submit(
+            training.train, chosen, small_data, tmp_path, report, begun=begun
+        )
+        seen = stages.get(timeout=60)
+        try:
+            with hosted(seen, socket.create_server(("127.0.0.1", 0))) as address:
+                lead(browser, address, seen, until)
+        finally:
+            seen.pace.release()
+        assert trained.result(120).epochs == 4
+
+
+def lead(browser, address, seen, until) -> None:
+    "What a person does who looks at each neuron."
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(20_000)
+    page.goto(address)
+    press = lambda name: page.get_by_role("button", name=name, exact=True).click()
+    services = seen.pace.services
+    until(
+        lambda: press("neuron") or services.runs.knows(services.runs.newest(seen.pace.run)),
+        "the run has begun",
+    )
+    plan = services.runs.plan(services.runs.newest(seen.pace.run))
+    finished = lambda: services.ledger.counts(plan)["NeuronLambda"].finished
+    until(lambda: press("neuron") or finished(), "a neuron has finished")
+    page.locator(".node.forward").first.wait_for()
+    lit = "n => document.querySelectorAll('.node.forward').length == n"
+    before = finished()
+    page.wait_for_function(lit, arg=before)
+    press("neuron")
+    until(lambda: finished() == before + 1, "one more neuron has finished")
+    page.wait_for_function(lit, arg=before + 1)
+    page.locator('[data-node="1/0"]').click()
+    page.get_by_text("forward finished").wait_for()
+    page.get_by_text("its gradient reaches").wait_for()
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENS / "live-held.png", full_page=True)
+    press("epoch")
+    page.get_by_text("Running, 1 of at most 4 epochs").wait_for()
+    press("Let it go on")
+    page.wait_for_selector("main.live[data-state=finished]")
+    assert not page.get_by_role("group", name="pace of the training").is_visible()
+    page.close()

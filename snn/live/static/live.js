@@ -51,6 +51,8 @@ export function httpSource() {
     bytes: async (path, query) => (await checked(await fetch(address(path, query)))).arrayBuffer(),
     fork: async (asked) =>
       (await checked(await fetch(address("fork"), { method: "POST", body: JSON.stringify(asked) }))).json(),
+    pace: async (asked) =>
+      (await checked(await fetch(address("pace"), { method: "POST", body: JSON.stringify(asked) }))).json(),
     events: (tell) => {
       const stream = new EventSource(address("events"));
       stream.onmessage = (event) => tell(JSON.parse(event.data));
@@ -174,7 +176,14 @@ export async function mount(element, source) {
         part("slider", "input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "epoch", oninput: slide }),
         part("epoch", "output", {}, "epoch 0"),
         part("follow", "button", { type: "button", "aria-pressed": "true", onclick: follow }, "Follow"),
-      )),
+      ),
+      part("pace", "div", { class: "bar", role: "group", "aria-label": "pace of the training", hidden: "" },
+        part("hold", "button", { type: "button", "aria-pressed": "false", onclick: () => setPace(at.hold.getAttribute("aria-pressed") === "true" ? "release" : "hold") }, "Hold the training"),
+        make("span", { class: "soft" }, "go on by a"),
+        ...["neuron", "layer", "mini-batch", "epoch"].map((unit) => make("button", { type: "button", onclick: () => setPace("step", unit) }, unit)),
+        make("label", { class: "soft" }, "slow motion ",
+          part("motion", "select", { onchange: slowMotion },
+            ...[[0, "off"], [1, "1 neuron a second"], [5, "5 a second"], [20, "20 a second"]].map(([value, name]) => make("option", { value }, name)))))),
     make("div", { class: "stack" },
     make("section", { class: "card", "aria-label": "the network" },
       part("answer", "h2", {}, "The network"),
@@ -241,6 +250,26 @@ export async function mount(element, source) {
       setTimeout(tick, 120);
     };
     setTimeout(tick, 120);
+  }
+
+  // The training's pace: messages wait in the queue until they may go on
+  async function setPace(what, unit) {
+    if (what !== "step" || unit !== "neuron") at.motion.value = 0;
+    if (what !== "release") setFollow(true);
+    try {
+      showHeld((await source.pace({ do: what, ...(unit ? { unit } : {}) })).held);
+    } catch (error) { at.news.textContent = error.message; }
+  }
+  function showHeld(held) {
+    pressed(at.hold, held);
+    at.hold.textContent = held ? "Let it go on" : "Hold the training";
+  }
+  async function slowMotion() {
+    const perSecond = Number(at.motion.value);
+    if (!perSecond) return setPace("release");
+    while (Number(at.motion.value) === perSecond && view.state.state === "running") {
+      await Promise.all([setPace("step", "neuron"), new Promise((done) => setTimeout(done, 1000 / perSecond))]);
+    }
   }
 
   // What was chosen
@@ -461,6 +490,8 @@ export async function mount(element, source) {
   // News
   const stop = source.events((state) => {
     view.state = state;
+    at.pace.hidden = !(run.paced && source.pace && ["waiting", "running"].includes(state.state));
+    showHeld(Boolean(state.held));
     const all = frames(), newest = Math.max(0, ...all);
     at.slider.max = newest;
     const total = Object.values(state.invocations ?? {}).reduce((sum, n) => sum + n, 0);
