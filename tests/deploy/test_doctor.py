@@ -131,6 +131,23 @@ def test_a_mail_that_nobody_confirmed_is_found(monkeypatch):
         doctors.mail(Answers(list_subscriptions_by_topic=waits), "Cats")
 
 
+def test_a_budget_that_counts_nothing_is_said():
+    "AWS counts by a tag only when somebody has activated it."
+    ask = lambda tags: look(
+        "budget",
+        lambda: doctors.budget(
+            Answers(list_cost_allocation_tags={"CostAllocationTags": tags}),
+            {"MonthlyBudget": "150"},
+        ),
+    )
+    assert ask([])[1:] == (
+        UNKNOWN,
+        "could not be looked at: the tag snn:stack is not active for cost allocation, so AWS counts "
+        "nothing by it; activate it in the Billing console, a day after the first deployment",
+    )
+    assert ask([{"TagKey": "snn:stack", "Status": "Active"}])[1:] == (OK, "150 USD a month")
+
+
 def test_of_a_stack_that_sleeps_what_is_gone_is_not_a_failure(monkeypatch):
     put = lambda name, value: monkeypatch.setattr(doctors, name, lambda *rest: value)
     put("describe", {"StackStatus": "UPDATE_COMPLETE", "Outputs": []})
@@ -141,7 +158,7 @@ def test_of_a_stack_that_sleeps_what_is_gone_is_not_a_failure(monkeypatch):
     put("names", "vpc-1 looks up names")
     found = doctors.stack_findings(Answers(), "Cats")
     assert [f.what for f in found if f.state == UNKNOWN] == [
-        *("endpoints", "parameter server"),
+        *("budget", "endpoints", "parameter server"),
         *doctors.FUNCTIONS,
     ]
     assert not any(f.state == FAILED for f in found)

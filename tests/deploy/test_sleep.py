@@ -238,7 +238,7 @@ ALONE = {
     ),
     "observability": (
         *("cloudwatch", "describe_alarms", "MetricAlarms", 3, 0),
-        {"Topic": "arn:topic", "DailySpend": "20", "Local": "yes"},
+        {"Topic": "t", "DailySpend": "9", "Email": "e", "MonthlyBudget": "0", "Local": "yes"},
     ),
 }
 

@@ -39,7 +39,13 @@ from snn.local.lambda_runtime import Runtime
 from snn.local.server import local_aws, parameter_server
 from snn.local.stack import install
 
-UNSEEN = {"zones", "network", "service-linked roles", "mail"}  # what a local AWS can't tell
+UNSEEN = {
+    "zones",
+    "network",
+    "service-linked roles",
+    "mail",
+    "budget",
+}  # what a local AWS can't tell
 OPTIONS = {"NeuronConcurrency": "20", "Notebook": "no"}
 
 

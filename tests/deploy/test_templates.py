@@ -347,18 +347,19 @@ def test_what_a_local_aws_lacks_is_left_out_there():
         (name, logical, resource["Type"])
         for name, template in TEMPLATES.items()
         for logical, resource in template["Resources"].items()
-        if resource.get("Condition") in ("OnAws", "AwakeOnAws", "WithNotebook")
+        if resource.get("Condition") in ("OnAws", "AwakeOnAws", "WithBudget", "WithNotebook")
     }
     assert {(name, kind) for name, _, kind in left_out} == {
         ("observability.yaml", "AWS::Logs::QueryDefinition"),
         ("observability.yaml", "AWS::CloudWatch::Alarm"),
         ("main.yaml", "AWS::CloudFormation::Stack"),
+        ("observability.yaml", "AWS::Budgets::Budget"),
         ("wake.yaml", "AWS::Events::Rule"),
         ("wake.yaml", "AWS::Lambda::Permission"),
     }
     assert {
         logical for _, logical, kind in left_out if kind != "AWS::Logs::QueryDefinition"
-    } == {"SpendAlarm", "NotebookInstance", "Uploads", "UploadPermission"}
+    } == {"SpendAlarm", "Budget", "NotebookInstance", "Uploads", "UploadPermission"}
     assert TEMPLATES["main.yaml"]["Parameters"]["Local"]["Default"] == "no"
     assert TEMPLATES["observability.yaml"]["Conditions"]["OnAws"] == {
         "Fn::Equals": [{"Ref": "Local"}, "no"]
