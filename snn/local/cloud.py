@@ -93,6 +93,8 @@ class LocalCloud:
             "SNN_LEDGER": ledger,
             "SNN_BUCKET": bucket,
         }
+        if folder := self.aws.folder or self.server.folder:  # that goes with its server
+            self.environment["SNN_PACE"] = f"{folder}/held"
         self.workers = (Workers if runtime == "inline" else _lambda_workers())(
             self.environment, workers
         )

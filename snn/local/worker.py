@@ -191,12 +191,13 @@ class Workers:
         environment: dict[str, str],  # that leads them to the services
         count: int | None = None,  # as many as there are processors
     ):
-        self.count, self.folder = count or cores(), tempfile.TemporaryDirectory(prefix="snn-")
-        held = f"{self.folder.name}/held"
-        settings = {"SNN_WORKERS": str(self.count), "SNN_PACE": held}
-        self.environment = surroundings({**SETTINGS, **environment, **settings})
+        self.count = count or cores()
+        self.environment = surroundings(
+            {**SETTINGS, **environment, "SNN_WORKERS": str(self.count)}
+        )
         self.queue = Services(self.environment).bus
-        self.pace = Pace(held, self.queue.store)
+        held = environment.get("SNN_PACE")
+        self.pace = Pace(held, self.queue.store) if held else None
         self.started, self.tells = os.pipe()
         os.set_blocking(self.started, False)
         self.said, self.shown = tempfile.TemporaryFile("a+b", buffering=0), 0
@@ -255,7 +256,7 @@ class Workers:
 
     def watch(self, services: Services, bucket: str) -> None:
         "What the watchdog's schedule does on AWS; but a run that is held does not stand still."
-        if self.pace.held:
+        if self.pace and self.pace.held:
             for run in services.runs.names():
                 services.runs.note_progress(run, -1)
         else:
@@ -272,4 +273,3 @@ class Workers:
         os.close(self.started)
         os.close(self.tells)
         self.said.close()
-        self.folder.cleanup()
