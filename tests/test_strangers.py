@@ -339,6 +339,16 @@ def test_whatever_a_decoder_raises_is_a_sentence(error, monkeypatch, tmp_path):
         photographs.read_photograph(tmp_path / "a.png")
 
 
+def test_a_decoder_that_speaks_for_itself_is_not_heard(small_model, tmp_path, run_snn):
+    scene().save(path := tmp_path / "a.tiff")
+    content = bytearray(path.read_bytes())
+    at = content.index(struct.pack("<HHI", 277, 3, 1)) + 8  # samples of a pixel
+    content[at : at + 2] = struct.pack("<H", 194)
+    path.write_bytes(content)
+    code, said, error = run_snn("predict", "--model", small_model, path)
+    assert (code, said) == (2, "") and len(error.splitlines()) == 1 and str(path) in error
+
+
 def test_twelve_bits_in_sixteen_are_as_bright_as_the_file_says(tmp_path):
     Image.fromarray(np.full((9, 9), 2048, np.uint16)).save(
         tmp_path / "a.tiff", tiffinfo={281: 4095}

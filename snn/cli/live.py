@@ -21,7 +21,7 @@ from ..errors import InputError
 # %% ../../nbs/cli/09_live.ipynb #d5a424a4
 def _stage(run: str | None, out_folder: Path, data: Path | None, test: Path | None):
     "What is to be shown; raises `InputError`."
-    from snn.cloud.services import Services
+    from snn.cli.runs import open_services
     from snn.data.apart import try_apart
     from snn.data.h5 import read
     from snn.live.host import stage_on
@@ -33,9 +33,8 @@ def _stage(run: str | None, out_folder: Path, data: Path | None, test: Path | No
     for part in filter(None, (data, test)):
         try_apart(part)
     datasets = read(data or drawn_datasets(), test=test)
-    url = os.environ.get("SNN_REDIS_URL")
-    if url and run:
-        services = Services({"SNN_REDIS_URL": url})
+    if os.environ.get("SNN_REDIS_URL") and run:
+        services = open_services()
         name = services.runs.newest(run)
         if services.runs.knows(name):
             return stage_on(run, services, services.runs.plan(name).parameters, datasets)

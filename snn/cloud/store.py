@@ -11,12 +11,12 @@ __all__ = ['MASTER', 'BEST', 'NAMES', 'FENCE', 'OPEN', 'COUNTED', 'JOIN', 'PUT',
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -339,11 +339,9 @@ def shown(
     url: str,  # of a parameter server
 ) -> str:
     "The address as it may be printed: without user and password."
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "its address"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = url.partition("://")
+    place = re.split("[?#]", rest.rpartition("@")[2])[0]  # a password may hold / and #
+    return f"{scheme}://{place}" if place else "its address"
 
 # %% ../../nbs/cloud/02_store.ipynb #7b25f82c
 class Outbox:

@@ -8,6 +8,7 @@ __all__ = ['NUMBERS', 'TURN', 'PARTS', 'PIXELS', 'OTHERS', 'orientation', 'uprig
 
 # %% ../../nbs/data/02_photographs.ipynb #74f5f036
 import hashlib
+import logging
 import re
 import struct
 import warnings
@@ -262,6 +263,9 @@ def _bare(content: bytes) -> tuple[bytes, list[bytes], int]:
     return content, [], 0
 
 # %% ../../nbs/data/02_photographs.ipynb #7756f68a
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong we say ourselves
+
+
 class NotAPicture(ValueError):
     "Bytes from which no picture can be made: not-an-image, damaged-image or too-many-pixels; with the pixels where they are known."
 

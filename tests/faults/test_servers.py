@@ -370,6 +370,8 @@ def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the
         (tmp_path / str(number) / "params.h5").read_bytes() for number in (1, 2, 3, 4)
     ]
     assert all(other == first for other in others)
+    left = [path for n in (1, 2, 3, 4) for path in (tmp_path / str(n)).rglob("*")]
+    assert not any(b"s3cret" in path.read_bytes() for path in left if path.is_file())
     client = redis.Redis.from_url(url)
     assert [
         key for key in client.keys() if client.ttl(key) < 0
