@@ -21,7 +21,7 @@ from ..errors import InputError
 # %% ../../nbs/cli/09_live.ipynb #d5a424a4
 def _stage(run: str | None, out_folder: Path, data: Path | None, test: Path | None):
     "What is to be shown; raises `InputError`."
-    from snn.cli.runs import open_services
+    from snn.cloud.services import open_services
     from snn.data.apart import try_apart
     from snn.data.h5 import read
     from snn.live.host import stage_on

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'NO_ACCOUNT', 'needs_no_account', 'surroundings', 'aws_client', 'is_loopback', 'Services',
-           'process_services']
+           'process_services', 'open_services']
 
 # %% ../../nbs/cloud/07_services.ipynb #e212ae6c
 import json
@@ -14,12 +14,15 @@ from functools import cache, cached_property, lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+import redis
+
 from .bucket import Bucket, Topic
 from .bus import LambdaBus, Queue
 from .ledger import DynamoLedger, StoreLedger
 from .residents import Residents
 from .runs import Runs
 from .store import Store, connect
+from ..errors import InputError
 
 # %% ../../nbs/cloud/07_services.ipynb #acdd97a5
 ACCOUNT = {
@@ -201,3 +204,24 @@ class Services:
 def process_services() -> Services:
     "The services of this process."
     return Services()
+
+# %% ../../nbs/cloud/07_services.ipynb #7074706d
+def open_services() -> Services:
+    "The services of the environment; raises `InputError` if there are none."
+    url = os.environ.get("SNN_REDIS_URL")
+    if not url:
+        raise InputError(
+            "SNN_REDIS_URL is not set; it says where the parameter server is, and snn local prints it"
+        )
+    services = Services()
+    try:
+        services.store
+    except redis.AuthenticationError:
+        raise InputError(
+            "the parameter server refuses the user or password of SNN_REDIS_URL"
+        ) from None
+    except (redis.ConnectionError, redis.TimeoutError):
+        raise InputError(
+            "the parameter server that SNN_REDIS_URL names does not answer"
+        ) from None
+    return services
