@@ -919,3 +919,23 @@ def test_train_upload_estimate_and_launch_refuse_a_run_in_the_same_words(
     said.append(str(refused.value))
     assert all(words in sentence for sentence in said), said
     assert len({sentence.split(": ", 1)[-1] for sentence in said}) == 1, said
+
+
+def test_plain_and_leading_files_train_to_the_same_bytes_when_they_are_uploaded(
+    cloud, finished, tmp_path, monkeypatch
+):
+    from snn.deploy import runs
+    from snn.deploy.inputs import Account
+
+    monkeypatch.setattr(runs, "bucket_of", lambda account, stack: cloud.bucket_name)
+    made = {}
+    for kind in ("plain", *LEADING):
+        (folder := tmp_path / kind).mkdir()
+        path = LEADING[kind](folder)[0] if kind in LEADING else saved(folder / "plain.h5")
+        (folder / "p.json").write_text(json.dumps({**VALUES, "run": kind}))
+        account = Account("us-east-1", cloud.aws.url)
+        run = runs.upload(account, "Cats", path, folder / "p.json")
+        finished(cloud, run)
+        with h5py.File(io.BytesIO(cloud.bucket.get(f"training_results/{run}/params.h5"))) as f:
+            made[kind] = {name: f[name][()].tobytes() for name in f}
+    assert all(weights == made["plain"] for weights in made.values()) and len(made) == 4
