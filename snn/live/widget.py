@@ -90,7 +90,7 @@ def Live(
         _css = (STATIC / "live.css").read_text()
 
         def _repr_mimebundle_(self, **kwargs):
-            alive, described = super()._repr_mimebundle_(**kwargs)
+            alive, described = super()._repr_mimebundle_(**kwargs) or ({}, {})
             return with_still(alive, described, stage.name, still)
 
     widget = Microscope()

@@ -182,7 +182,12 @@ def lead(browser, address, seen, until) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(20_000)
     page.goto(address)
-    press = lambda name: page.get_by_role("button", name=name, exact=True).click()
+
+    def press(name: str) -> None:
+        "Press a button, and wait until what it asks for is done."
+        with page.expect_response(lambda response: "/pace" in response.url):
+            page.get_by_role("button", name=name, exact=True).click()
+
     services = seen.pace.services
     until(
         lambda: press("neuron") or services.runs.knows(services.runs.newest(seen.pace.run)),
