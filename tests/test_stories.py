@@ -233,7 +233,7 @@ def told(tmp_path_factory) -> Path:
         run_notebook(
             default_notebooks() / f"{name}.ipynb",
             folder / f"{name}.ipynb",
-            {"compared": 60} if name == "Analysis" else {},
+            {"epochs": 200, "compared": 60} if name == "Analysis" else {},
             longest=LONGEST,
         )
     print(f"the three stories took {time.monotonic() - began:.0f} s together")
