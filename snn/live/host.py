@@ -69,5 +69,5 @@ def hosted(
         server.should_exit = True
         thread.join()
         stage.watcher.close()
-        if stage.pace and stage.pace.held:
+        if stage.pace:
             stage.pace.release()

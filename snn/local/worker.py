@@ -85,8 +85,10 @@ class Pace:
 
     def release(self) -> None:
         "Messages wait no longer."
-        Path(self.path).unlink(missing_ok=True)
-        self.store.client.delete(LEAVE)
+        if self.held:
+            Path(self.path).unlink(missing_ok=True)
+            with contextlib.suppress(redis.ConnectionError):  # the cloud has gone
+                self.store.client.delete(LEAVE)
 
     def let_one(
         self,
