@@ -483,7 +483,7 @@ export async function mount(element, source) {
     }
     const now = measured.find((frame) => frame.epoch === view.epoch);
     at.chart.replaceChildren(svg);
-    at.table.textContent = `black: training, blue: test pictures${view.fork ? ", dashed: trained on from here without the neuron (blue) and with it (black)" : ""}. ` +
+    at.table.textContent = `blue: test pictures, the other line: training${view.fork ? ", dashed: trained on from here without the neuron (blue) and with it" : ""}. ` +
       (now ? `At epoch ${now.epoch} the cost on the test pictures is ${digits(now.cost)}, and ${percent(now.accuracy)} of them are answered rightly.` : "");
   }
 
