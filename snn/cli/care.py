@@ -193,7 +193,7 @@ def smoke(
         raise InputError("--email says who is told of runs and alarms; or try it with --local")
     if local:
         record.unlink(missing_ok=True)  # the local AWS of an earlier time is gone
-    kept = Record(record, stack)
+    kept = Record(record, stack, local)
     five = {"github_user": github_user, "connection": connection, "email": email}
     try:
         _smoke_here(kept, note) if local else _smoke_on_aws(kept, note, options, five, region)
@@ -205,4 +205,5 @@ def smoke(
         )
         raise RuntimeError(f"the smoke test stopped: {error}{again}") from None
     lines = report(kept, {} if local else options, region or "us-east-1")
-    out.print(*lines, f"Measured: {record}", sep="\n", markup=False, soft_wrap=True)
+    use = f"Measured: {record}; snn estimate --measured {record} takes it in place of what is assumed"
+    out.print(*lines, use, sep="\n", markup=False, soft_wrap=True)

@@ -62,6 +62,38 @@ def _table(found: dict) -> Table:
         table.add_row(name.rstrip(), *(columns[name] for columns in rows.values()))
     return table
 
+# %% ../../nbs/cli/07_estimate.ipynb #41411973
+def _told(measured, replaced: list, compared: list) -> list[Table]:
+    "Which numbers were measured, and how the measured runs compare with their estimates."
+    numbers = Table("measured", "", "instead of", "unit", box=None)
+    for one in replaced:
+        numbers.add_row(one.name, f"{one.measured:.3g}", f"{one.assumed:.3g}", one.unit)
+    runs = Table("run", "took", "estimated", "cost", "estimated", box=None)
+    for one in compared:
+        stay = f", {one.residents} stay" if one.residents else ""
+        took, cost = map(duration, one.seconds), (f"{d:.6f} USD" for d in one.dollars)
+        runs.add_row(one.granularity + stay, *took, *cost)
+    return [numbers, runs]
+
+
+def _as_measured(path: Path | None, book, quiet: bool):
+    "The book with what a record of bin/smoke holds, which is told; the book itself without one."
+    if path is None:
+        return book, []
+    from snn.estimate.measured import compare, read, with_measured
+
+    measured = read(path)
+    book, replaced = with_measured(book, measured)
+    if not quiet:
+        out.print(f"Of {path}, {measured.date}:\n", markup=False)
+        for table in _told(measured, replaced, compare(measured, book)):
+            out.print(table, "")
+        if measured.local:
+            out.print(
+                "It is of an AWS on one machine, so these numbers say nothing about AWS.\n"
+            )
+    return book, replaced
+
 # %% ../../nbs/cli/07_estimate.ipynb #ab43f23a
 def best(
     found: dict,  # estimates by granularity
@@ -131,6 +163,10 @@ def estimate(
         int | None,
         Option(min=1, help="Functions that your account may run at once, as snn deploy says."),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        Option(help="What bin/smoke has measured; it takes the place of what is assumed."),
+    ] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Say what a run on AWS will do, cost and take, before anything is deployed. Needs no network."
@@ -143,6 +179,7 @@ def estimate(
         )
     chosen, book = chosen_parameters(parameters), load(prices, region)
     book = with_quota(book, quota) if quota else book
+    book, replaced = _as_measured(measured, book, json)
     plan = estimating.planned(chosen, *estimating.data_size(data))
     found = estimating.estimates(
         plan, book, epochs, (granularity,) if granularity else GRANULARITIES
@@ -163,6 +200,7 @@ def estimate(
                 "residents": {
                     g: {"residents": count, "estimate": e} for g, (count, e) in stay.items()
                 },
+                "measured": [one._asdict() for one in replaced],
                 **(dict(zip(("cheapest", "fastest"), best(found)))),
             }
         )

@@ -32,7 +32,7 @@ def stages(monkeypatch):
 
         return run
 
-    for name in ("deploy", "examine", "train", "predict", "approve", "destroy"):
+    for name in ("deploy", "examine", "train", "measure", "predict", "approve", "destroy"):
         monkeypatch.setattr(smoking, name, stage(name))
     return ran, failing
 
@@ -48,7 +48,7 @@ def test_a_smoke_test_that_was_interrupted_goes_on_where_it_stopped(stages, tmp_
     failing.append("predict")
     with pytest.raises(RuntimeError, match="predict failed"):
         run(path, said)
-    assert ran == ["deploy", "examine", *["train"] * 6, "predict"]
+    assert ran == ["deploy", "examine", *["train"] * 6, "measure", "predict"]
     ran.clear()
     record = run(path, said)
     assert ran == ["predict", "approve", "destroy"]

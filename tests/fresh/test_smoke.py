@@ -7,7 +7,7 @@ import pytest
 STAGES = [
     *("deploy", "doctor", "train neuron", "train neuron, 2 stay", "train layer"),
     *("train layer, 2 stay", "train network", "train network, 2 stay"),
-    *("predict", "approve", "destroy"),
+    *("measure", "predict", "approve", "destroy"),
 ]
 
 
@@ -23,3 +23,9 @@ def test_the_smoke_test_passes_twice_and_lists_what_it_did_not_try(run_snn, tmp_
         assert found["destroy"]["words"] == "nothing is left"
         assert "Not tried: approve: a local AWS has no CodePipeline" in said
         assert "Bill at list prices: 0.00" in said
+        waits = found["measure"]["facts"]["latencies"]
+        assert all(0 <= low <= value <= high for value, low, high in waits.values())
+    code, said, errors = run_snn("estimate", "--measured", record)
+    assert code == 0, errors
+    assert all(name in said for name in (*waits, "handler", "init"))
+    assert "say nothing about AWS" in said
