@@ -20,7 +20,8 @@ from snn.local.pipeline import default_notebooks, run_notebook
 from snn.maths import network, sampling
 
 GRANULARITIES = ("network", "layer", "neuron")
-FIELDS = {"name", "median", "fastest", "slowest", "ratio", "invocations"}
+FIELDS = {"name", "median", "fastest", "slowest", "ratio", "loop", "invocations"}
+REFERENCES = [bench.NUMPY, bench.BY_NEURON]
 on_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="looks at processes through /proc"
 )
@@ -35,13 +36,14 @@ def parameters_file(parameters, tmp_path_factory) -> Path:
 
 def check_rows(rows: list[dict], peers: set[str] = frozenset()) -> None:
     "Everybody is there, and what is said of them can be."
-    assert [row["name"] for row in rows][:4] == ["plain NumPy", *GRANULARITIES] and {
-        row["name"] for row in rows[4:]
+    assert [row["name"] for row in rows][:5] == [*REFERENCES, *GRANULARITIES] and {
+        row["name"] for row in rows[5:]
     } == peers
     for row in rows:
         assert set(row) == FIELDS
-        assert 0 < row["fastest"] <= row["median"] <= row["slowest"] and row["ratio"] > 0
-    assert rows[0]["ratio"] == 1
+        assert 0 < row["fastest"] <= row["median"] <= row["slowest"]
+        assert row["ratio"] > 0 and row["loop"] > 0
+    assert rows[0]["ratio"] == rows[1]["loop"] == 1
 
 
 def test_the_bench_times_all_granularities_and_counts_their_invocations(
@@ -89,8 +91,8 @@ def test_a_quick_bench_prints_a_table_and_draws_a_picture(
         tmp_path / "bench.png",
     )
     assert code == 0 and "repetition 2 of 2" in told
-    for name in ("plain NumPy", *GRANULARITIES):
-        assert re.search(rf"{name} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+", said), name
+    for name in (*REFERENCES, *GRANULARITIES):
+        assert re.search(rf"{name}( +[\d.]+){{5}}", said), name
     assert (
         Image.open(tmp_path / "bench.png").width == 2 * 800
     )  # sharp where a page has twice the pixels
@@ -242,10 +244,33 @@ def test_the_parts_of_made_up_epochs_are_what_they_were_made_of():
     assert found == {"mathematics": 5 / 4, "round trips": 10 / 4, "dispatch": 25 / 4}
 
 
+def test_what_is_spent_on_the_way_is_told_from_what_is_spent_at_work():
+    "Two workers in an epoch of 10 s: one works 4 s of 6, and asks for 4 s, of which the server takes 2."
+    kinds = [profile.KINDS.index(kind) for kind in ("mathematics", "round trips")]
+    edges = np.array([0.0, *(t for e in range(6) for t in (10 * e + 6, 10 * e + 10))])
+    busy = np.array([0.0, *(t for e in range(6) for t in (5 * e + 4, 5 * e + 5))])
+    epochs = {epoch: 10.0 * epoch + 10 for epoch in range(6)}
+    track = profile.Track(np.array(6 * kinds), edges, epochs, busy)
+    cost = profile.cost_of(profile.Watched([track, track], 4.0), 5)
+    assert cost._asdict() == pytest.approx(
+        {
+            "arithmetic": 4 * 2 / 5,
+            "decoding": 0,
+            "python": 0,
+            "asking": 1 * 2 / 5,
+            "server": 2 * 2 / 5,
+            "wire": 1 * 2 / 5,
+            "waiting": 0,
+            "processor": 2 * 2 / 5,
+        }
+    )
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data):
     chosen = parameters((5, 3, 1), epochs=9, granularity=granularity)
-    tracks = profile.profile(chosen, small_data, 2)
+    watched = profile.profile(chosen, small_data, 2)
+    tracks = watched.tracks
     parts, (start, end, epochs) = profile.parts(tracks), profile.middle(tracks)
     assert len(tracks) == 2 and sorted(profile.ends(tracks)) == list(range(9)) and epochs == 5
     assert set(parts) == set(profile.KINDS) and sum(parts.values()) == pytest.approx(
@@ -258,6 +283,27 @@ def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data
         > 0
     )
     assert 1 <= profile.requests(tracks) <= 4 * bench.invocations(chosen, 167)
+    for kind, seconds in profile.busy_parts(tracks).items():
+        assert 0 <= seconds <= parts[kind] + 1e-4, kind
+    count = bench.invocations(chosen, 167)
+    assert sum(profile.cost_of(watched, count)) * count / 2 == pytest.approx(
+        sum(parts.values())
+    )
+
+
+def test_a_profile_says_what_an_invocation_costs_and_that_it_is_the_whole_epoch(
+    snn, parameters_file, small_data
+):
+    given = ("--data", small_data, "--parameters", parameters_file, "--epochs", 6)
+    code, said, told = snn("bench", "--profile", "--repetitions", 1, "--json", *given)
+    assert code == 0 and "repetition 1 of 1" in told
+    rows = json.loads(said)
+    assert [row["name"] for row in rows] == [*GRANULARITIES]
+    for row in rows:
+        assert set(row["cost"]) == set(profile.Cost._fields)
+        together = sum(row["cost"].values()) * row["invocations"] / row["workers"]
+        assert together == pytest.approx(row["epoch"])
+        assert row["fastest"] <= row["epoch"] <= row["slowest"]
 
 
 # Half the bytes

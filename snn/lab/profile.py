@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FUNCTIONS', 'METHODS', 'Stopwatch', 'put_in_place', 'watch_over', 'main', 'WatchedWorkers', 'Track',
-           'read_track', 'profile', 'ends', 'middle', 'parts', 'requests', 'spans']
+           'read_track', 'server_seconds', 'Watched', 'profile', 'ends', 'middle', 'parts', 'busy_parts', 'requests',
+           'spans', 'Cost', 'cost_of', 'Priced', 'priced', 'price_list']
 
 # %% ../../nbs/lab/03_profile.ipynb #046e0403
 import json
@@ -28,6 +29,7 @@ from ..cloud.runs import Runs
 from ..cloud.services import Services
 from ..data import h5 as data
 from ..handlers import invocation, upload
+from .bench import GRANULARITIES, in_turns, invocations
 from ..local import worker
 from ..local.cloud import BUCKET
 from ..local.server import local_aws, parameter_server
@@ -42,18 +44,21 @@ class Stopwatch:
     "Which kind of work a process did from when to when; seconds of a clock that all processes share."
 
     def __init__(self):
-        self.kind, self.kinds, self.edges = (
-            "dispatch",
-            bytearray([KINDS.index("dispatch")]),
-            array("d", [time.perf_counter()]),
-        )
+        self.kind, self.kinds = "dispatch", bytearray([KINDS.index("dispatch")])
+        self.edges, self.busy = array("d"), array("d")
+        self.read_clocks()
         self.epochs: dict[int, float] = {}  # when each ended
+
+    def read_clocks(self) -> None:
+        "Something ends here, and another thing begins."
+        self.edges.append(time.perf_counter())
+        self.busy.append(time.thread_time())
 
     def switch(self, kind: str) -> str:  # the kind before
         "From now on the process does this kind of work."
         before, self.kind = self.kind, kind
         if kind != before:
-            self.edges.append(time.perf_counter())
+            self.read_clocks()
             self.kinds.append(KINDS.index(kind))
         return before
 
@@ -140,11 +145,12 @@ def main() -> None:
     try:
         worker.main()
     finally:
-        stopwatch.edges.append(time.perf_counter())
+        stopwatch.read_clocks()
         np.savez(
             Path(os.environ["SNN_PROFILE"], sys.argv[1]),
             kinds=np.frombuffer(stopwatch.kinds, np.uint8),
             edges=np.array(stopwatch.edges),
+            busy=np.array(stopwatch.busy),
             epochs=json.dumps(stopwatch.epochs),
         )
 
@@ -161,6 +167,7 @@ class Track(NamedTuple):
     kinds: np.ndarray  # numbers into `KINDS`, (n,)
     edges: np.ndarray  # when each began, and when the last ended, seconds, (n + 1,)
     epochs: dict[int, float]  # when each epoch ended that this worker has ended
+    busy: np.ndarray = np.empty(0)  # processor time at each of `edges`, seconds
 
 
 def read_track(
@@ -172,28 +179,46 @@ def read_track(
             file["kinds"],
             file["edges"],
             {int(epoch): when for epoch, when in json.loads(str(file["epochs"])).items()},
+            file["busy"],
         )
 
 
-def _train(services: Services, parameters: Parameters, datasets: Path) -> None:
-    "One run, from its upload to its end; raises `RuntimeError` if it fails."
+def _train(services: Services, parameters: Parameters, datasets: Path) -> float:
+    "One run, from its upload to its end; returns the processor time that an epoch took the parameter server. Raises `RuntimeError` if the run fails."
     bucket = services.bucket(BUCKET)
     bucket.client.create_bucket(Bucket=BUCKET)
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
     bucket.put("training_input/datasets.h5", Path(datasets).read_bytes())
     run = upload.start(Upload(BUCKET, "training_input/datasets.h5", ""), services)
     services.store.flush()
+    seen: dict[int, float] = {}  # processor time of the server, by epoch
     while (status := services.runs.status(run)).state == "running":
+        seen.setdefault(status.epoch, server_seconds(services))
         time.sleep(0.01)
     if status.state != "finished":
         raise RuntimeError(f"run {run} {status.state}: {status.reason}")
+    later = [epoch for epoch in seen if epoch >= 1] or [0]
+    return (seen[later[-1]] - seen[later[0]]) / max(1, later[-1] - later[0])
+
+
+def server_seconds(services: Services) -> float:
+    "Processor time that the parameter server has taken so far."
+    used = services.store.client.info("cpu")
+    return used["used_cpu_user"] + used["used_cpu_sys"]
+
+
+class Watched(NamedTuple):
+    "A run that was watched."
+
+    tracks: list[Track]  # of each worker
+    server: float  # seconds of processor time that an epoch took the parameter server
 
 
 def profile(
     parameters: Parameters,
     datasets: Path,  # a datasets.h5
     workers: int | None = None,  # as many as there are processors
-) -> list[Track]:  # of each worker
+) -> Watched:
     "Train a network with workers that are watched."
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -210,10 +235,11 @@ def profile(
             workers,
         )
         try:
-            _train(Services(watched.environment), parameters, datasets)
+            served = _train(Services(watched.environment), parameters, datasets)
         finally:
             watched.close()
-        return [read_track(path) for path in sorted(Path(folder).glob("*.npz"))]
+        tracks = [read_track(path) for path in sorted(Path(folder).glob("*.npz"))]
+        return Watched(tracks, served)
 
 # %% ../../nbs/lab/03_profile.ipynb #de200059
 def ends(
@@ -245,6 +271,18 @@ def parts(
         np.bincount(track.kinds, np.diff(np.clip(track.edges, start, end)), len(KINDS))
         for track in tracks
     )
+    return dict(zip(KINDS, (spent / epochs / len(tracks)).tolist()))
+
+
+def busy_parts(
+    tracks: list[Track],
+) -> dict[str, float]:  # seconds per epoch, by kind
+    "Of that, the time in which the worker had a processor."
+    start, end, epochs = middle(tracks)
+    spent = np.zeros(len(KINDS))
+    for track in tracks:
+        within = (track.edges[:-1] >= start) & (track.edges[1:] <= end)
+        spent += np.bincount(track.kinds, np.diff(track.busy) * within, len(KINDS))
     return dict(zip(KINDS, (spent / epochs / len(tracks)).tolist()))
 
 
@@ -282,3 +320,79 @@ def spans(
         ]
 
     return [of(track) for track in tracks]
+
+# %% ../../nbs/lab/03_profile.ipynb #dc11409f
+class Cost(NamedTuple):
+    "Seconds that an invocation took, on the average of an epoch's."
+
+    arithmetic: float
+    decoding: float  # and encoding
+    python: float  # of the runner
+    asking: float  # the worker's part of a request
+    server: float  # the parameter server's part
+    wire: float  # on the way, and in line behind another request
+    waiting: float  # for work
+    processor: float  # waiting for one
+
+
+def cost_of(
+    watched: Watched,
+    invocations: int,  # of an epoch
+) -> Cost:
+    "What an invocation cost; the sum, times the invocations, shared among the workers, is an epoch's time."
+    taken, busy = parts(watched.tracks), busy_parts(watched.tracks)
+    server = watched.server / len(watched.tracks)
+    own = ("mathematics", "serialisation", "dispatch")
+    each = Cost(
+        *(busy[kind] for kind in own),
+        asking=busy["round trips"],
+        server=server,
+        wire=taken["round trips"] - busy["round trips"] - server,
+        waiting=taken["waiting"],
+        processor=sum(taken[kind] - busy[kind] for kind in own),
+    )
+    return Cost(*(seconds * len(watched.tracks) / invocations for seconds in each))
+
+# %% ../../nbs/lab/03_profile.ipynb #98b599d4
+class Priced(NamedTuple):
+    "What a granularity's invocations cost, in the repetition that took the median time."
+
+    name: str
+    invocations: int  # of an epoch
+    workers: int
+    cost: Cost
+    epoch: float  # seconds
+    fastest: float  # epoch of all repetitions
+    slowest: float
+
+
+def priced(name: str, invoked: int, repeated: list[Watched]) -> Priced:
+    "The repetition in the middle, and the spread."
+    costs = sorted((cost_of(watched, invoked) for watched in repeated), key=sum)
+    workers = len(repeated[0].tracks)
+    epoch = [sum(cost) * invoked / workers for cost in costs]
+    middle = (len(costs) - 1) // 2
+    return Priced(name, invoked, workers, costs[middle], epoch[middle], epoch[0], epoch[-1])
+
+
+def price_list(
+    parameters: Parameters,  # of the network; granularity and epochs are set here
+    datasets: Path,  # a datasets.h5
+    epochs: int = 40,  # of each run
+    repetitions: int = 5,
+    granularities: tuple[str, ...] = GRANULARITIES,
+    workers: int | None = None,  # as many as there are processors
+    say: Callable[[str], None] = lambda line: None,  # is told of each repetition
+) -> list[Priced]:
+    "What an invocation costs at each granularity, watched in turns."
+    base = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0)
+    images = len(data.read(datasets).train_x)
+
+    def case(name: str) -> Callable[[int], Watched]:
+        chosen = msgspec.structs.replace(base, granularity=name)
+        seeded = lambda turn: msgspec.structs.replace(chosen, seed=turn)
+        return lambda turn: profile(seeded(turn), datasets, workers)
+
+    found = in_turns({name: case(name) for name in granularities}, repetitions, say)
+    count = lambda name: invocations(msgspec.structs.replace(base, granularity=name), images)
+    return [priced(name, count(name), repeated) for name, repeated in found.items()]

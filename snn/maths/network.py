@@ -8,7 +8,7 @@ __all__ = ['Layer', 'MOMENTS', 'RULES', 'SAME', 'rows', 'initialise_layer', 'ini
            'epoch_batches', 'train_epoch', 'train', 'reached', 'standstill']
 
 # %% ../../nbs/maths/04_network.ipynb #9a558d4e
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -229,13 +229,14 @@ def train_epoch(
     Y: np.ndarray,  # labels, (m,)
     epoch: int,
     mean: np.ndarray | None = None,  # from `prepare`, with these images
+    derive: Callable = gradients,  # or another way to the same numbers
 ) -> tuple[float, list[Layer]]:  # the epoch's cost, and the weights after it
     "One pass over the data, and one step."
     if mean is None:
         X, mean = prepare(parameters, X)
     results, sizes = [], []
     for batch in epoch_batches(parameters, X, Y, epoch, mean):
-        results.append(gradients(parameters, layers, *batch))
+        results.append(derive(parameters, layers, *batch))
         sizes.append(batch.Y.size)
     costs, gradients_of = zip(*results)
     if parameters.aggregation == "best":
@@ -256,12 +257,13 @@ def train(
     parameters: Parameters,
     X: np.ndarray,  # images (m, size, size, 3) or as rows (m, n_inputs); uint8, or standardised already
     Y: np.ndarray,  # labels, (m,)
+    derive: Callable = gradients,  # or another way to the same numbers
 ) -> Iterator[tuple[float, list[Layer]]]:  # per epoch: its cost, and the weights after it
     "Train until the threshold or the last epoch: the reference for all other ways to train."
     X, mean = prepare(parameters, X)
     layers = initialise(parameters, X.shape[1])
     for epoch in range(parameters.epochs):
-        total, layers = train_epoch(parameters, layers, X, Y, epoch, mean)
+        total, layers = train_epoch(parameters, layers, X, Y, epoch, mean, derive)
         yield total, layers
         if reached(parameters, total):
             return
