@@ -264,10 +264,12 @@ def finish(
     seconds = time.perf_counter() - call.began
     if not members:
         bus.finish(message, following, seconds, values)
-    elif step.joins is the_layer:
-        bus.join(message, members, following[0], seconds, values)
+        return seconds
+    (from_the_last,) = following  # sent by whoever completes the layer, or the epoch
+    if step.joins is the_layer:
+        bus.join(message, members, from_the_last, seconds, values)
     else:
-        join_epoch(call, members, following[0], seconds, values)
+        join_epoch(call, members, from_the_last, seconds, values)
     return seconds
 
 
@@ -326,10 +328,11 @@ def stages(
     start: Message,  # that begins the mini-batch, from `epoch_messages`
 ) -> Iterator[list[Message]]:
     "The messages of a mini-batch, stage by stage."
-    stage = [start]
-    while stage[0].batch == start.batch:
+    message, stage = start, [start]
+    while message.batch == start.batch:
         yield stage
-        stage = step_of(stage[0]).then(plan, stage[0])
+        stage = step_of(message).then(plan, message)
+        message, *_ = stage
 
 # %% ../../nbs/handlers/00_protocol.ipynb #6507e442
 def missing(
@@ -346,7 +349,7 @@ def missing(
 # %% ../../nbs/handlers/00_protocol.ipynb #bdbb5256
 def invocations_per_epoch(plan: Plan) -> int:
     "LaunchLambda once, and for each mini-batch its trainer's and its neurons' steps."
-    start = epoch_messages(plan, 0, "", 0)[0]
+    start, *_ = epoch_messages(plan, 0, "", 0)
     return 1 + plan.batches * sum(len(stage) for stage in stages(plan, start))
 
 

@@ -1,32 +1,42 @@
 """Breaks one guard after the other, and looks whether a test notices: see `bin/mutants --help`.
 
-Python is mutated by cosmic-ray's operators; the Lua in the store's scripts, which no tool knows,
-by a small mutator of our own. All of it happens in a copy of the checkout.
+A mutant is tried in a copy of the checkout: first by the chapter that holds it, then by the
+room's tests, the quickest first, until one fails. Each is tried by a fork of this process, which
+has imported the libraries and nothing of the project.
 """
 
 import argparse
-import ast
+import json
 import os
 import random
-import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+sys.path.insert(0, str(Path(__file__).parent))
+from mutations import Mutant, equivalent, in_module, in_notebook, mutants, reason
+
 ROOT = Path(__file__).resolve().parents[2]
+
 GUARDS = "tests/guards"
 SCHEDULES = "tests/faults/test_schedules.py"
 
 
 class Room(NamedTuple):
-    "What is mutated, and the tests that should notice."
+    "What is mutated, and the tests that should notice, besides the chapters."
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
+    chapters: tuple[str, ...] = ()  # besides those of the modules
 
 
 HANDLED = (GUARDS, SCHEDULES, "tests/test_training.py")
@@ -51,11 +61,11 @@ ROOMS = {
         (*HANDLED, "tests/faults/test_accidents.py", "tests/deploy/test_residents.py"),
     ),
     "limits": Room(
-        ("snn/cloud/meter.py", "snn/cloud/prices.py"),
+        ("snn/cloud/meter.py", "snn/cloud/prices.py", "snn/cloud/deadline.py"),
         (GUARDS, "tests/estimate/test_limits.py", "tests/estimate/test_money.py"),
     ),
     "checkpoint": Room(
-        ("snn/handlers/checkpoint.py", "snn/handlers/watch.py"),
+        ("snn/handlers/checkpoint.py", "snn/handlers/watch.py", "snn/handlers/ending.py"),
         (*HANDLED, "tests/faults/test_accidents.py"),
     ),
     "api": Room(("snn/serve/guard.py", "snn/serve/request.py"), (GUARDS, "tests/serve")),
@@ -82,151 +92,134 @@ ROOMS = {
 }
 
 
-class Mutant(NamedTuple):
-    "A module with one thing changed."
-
-    module: str
-    line: int  # of the change, from 1
-    was: str
-    now: str
-    source: str  # of the whole module
+# One process for each look
 
 
-def changed(module: str, before: str, after: str) -> Mutant:
-    "A mutant, with the first line that differs."
-    pairs = enumerate(zip(before.splitlines(), after.splitlines() + [""] * 3), start=1)
-    line, was, now = next((n, a, b) for n, (a, b) in pairs if a != b)
-    return Mutant(module, line, was.strip(), now.strip(), after)
+def prepare() -> None:
+    "Import the libraries, so that no fork has to."
+    for name in (
+        "numpy h5py redis boto3 botocore.session msgspec PIL.Image pytest hypothesis "
+        "matplotlib.pyplot IPython.core.interactiveshell execnb.shell nbdev.test typer rich "
+        "aws_lambda_powertools simpy fastapi uvicorn httpx2 psutil sklearn.metrics"
+    ).split():
+        try:
+            __import__(name)
+        except ImportError:
+            pass  # a test that needs it says so
 
 
-# Python
+def chapter(copy: Path, notebook: str, say) -> bool:
+    "Does a chapter run through?"
+    from nbdev.test import test_nb
 
-OPERATORS = re.compile(
-    "core/(ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Is_IsNot|IsNot_Is)"
-    "|ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|Mod_Add|FloorDiv_Mul)"
-    "|AddNot|ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd"
-    "|ReplaceBreakWithContinue|ReplaceContinueWithBreak|NumberReplacer"
-    "|ZeroIterationForLoop|ReplaceUnaryOperator_Delete_Not)$"
-)
-
-
-def python_mutants(module: str, source: str) -> Iterator[Mutant]:
-    "What cosmic-ray makes of a module."
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator, operator_names
-
-    for name in filter(OPERATORS.match, operator_names()):
-        for occurrence in range(10_000):
-            mutated = mutate_code(source.encode(), get_operator(name)(), occurrence)
-            if mutated is None:
-                break
-            text = mutated.decode() if isinstance(mutated, bytes) else mutated
-            if text != source and parses(text):
-                yield changed(module, source, text)
+    began = time.monotonic()
+    with open(os.devnull, "w") as nothing:
+        sys.stderr = nothing
+        passed, _ = test_nb(copy / notebook, skip_flags=["notest"])
+    say({"test": notebook, "seconds": time.monotonic() - began, "passed": passed})
+    return passed
 
 
-def parses(source: str) -> bool:
-    "Is it still Python?"
-    try:
-        ast.parse(source)
-    except SyntaxError:
-        return False
-    return True
+class Watcher:
+    "A plugin of pytest: the quickest file first, without tests that take long; says how each ended."
 
+    def __init__(self, say, known: dict[str, float], longest: float):
+        self.say, self.known, self.longest = say, known, longest
 
-# Lua
+    def pytest_collection_modifyitems(self, items):
+        cost = Counter()
+        for item in items:
+            item.nodeid_ = item.nodeid.replace(os.sep, "/")
+            cost[item.path] += self.known.get(item.nodeid_, 0)
+        quick = [item for item in items if self.known.get(item.nodeid_, 0) <= self.longest]
+        items[:] = sorted(quick, key=lambda item: (cost[item.path], str(item.path)))
 
-SWAPS = (
-    ("==", "~="),
-    ("~=", "=="),
-    (">=", ">"),
-    (" < ", " <= "),
-    (" > ", " >= "),
-    (" and ", " or "),
-    (" or ", " and "),
-    ("'RIGHT', 'LEFT'", "'LEFT', 'RIGHT'"),
-    ("HSETNX", "HSET"),
-    ("math.max", "math.min"),
-    ("first and ", ""),
-    ("not ", ""),
-)
-WHOLE = re.compile(r"^\s*(redis\.call\(.*\)|if .* end|elseif .* end)\s*$")
-
-
-def lua_lines(source: str) -> Iterator[int]:
-    "Numbers of the lines inside scripts, from 0."
-    inside = False
-    for number, line in enumerate(source.splitlines()):
-        if inside and line.startswith('"""'):
-            inside = False
-        elif inside:
-            yield number
-        elif re.match(r'[A-Z]+ = ([A-Z]+ \+ )?"""$', line):
-            inside = True
-
-
-def lua_mutants(module: str, source: str) -> Iterator[Mutant]:
-    "Each line of a script without what can be left out of it, and with each comparison turned."
-    lines = source.splitlines(keepends=True)
-    for number in lua_lines(source):
-        line = lines[number]
-        replaced = {line.replace(a, b, 1) for a, b in SWAPS if a in line}
-        if WHOLE.match(line):
-            replaced.add("\n")
-        for text in sorted(replaced - {line}):
-            yield changed(
-                module, source, "".join([*lines[:number], text, *lines[number + 1 :]])
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.failed:
+            self.say(
+                {
+                    "test": report.nodeid,
+                    "seconds": report.duration,
+                    "passed": not report.failed,
+                }
             )
 
 
-# Tests
+def tests(copy: Path, names: tuple[str, ...], known: dict, longest: float, say) -> bool:
+    "Do the tests pass?"
+    import pytest
+
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "0", "-o", "addopts="]
+    return not pytest.main([*names, *options], plugins=[Watcher(say, known, longest)])
 
 
-def noticed(mutant: Mutant, copy: Path, tests: tuple[str, ...], seconds: float) -> bool:
-    "Does a test fail, or not come to an end?"
-    path = copy / mutant.module
-    original = path.read_text()
-    path.write_text(mutant.source)
+def ends_well(copy: Path, look, seconds: float) -> tuple[bool, list[dict]]:
+    "Fork, and look at the copy; whether all was well, and what was said. To hang is not."
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        alone(copy, reads, writes, look)
+    os.close(writes)
+    said, good = heard(reads, time.monotonic() + seconds)
+    end_all(child)
+    return good, said
+
+
+def alone(copy: Path, reads: int, writes: int, look) -> None:
+    "The fork's life; does not come back."
+    code = 1
     try:
-        return not passes(copy, tests, seconds)
+        os.close(reads)
+        os.setsid()
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = str(copy)
+        sys.path.insert(0, str(copy))
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nothing, number)
+        say = lambda fact: os.write(writes, json.dumps(fact).encode() + b"\n")
+        say({"all": bool(look(say))})
+        code = 0
     finally:
-        path.write_text(original)
+        os._exit(code)
 
 
-def passes(copy: Path, tests: tuple[str, ...], seconds: float) -> bool:
-    "Do all tests pass, in time?"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *tests,
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        "--timeout",
-        str(seconds),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=copy,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def heard(reads: int, deadline: float) -> tuple[list[dict], bool]:
+    "What a fork says until it ends, hangs or has said all."
+    text = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([reads], [], [], left)[0] or not (more := os.read(reads, 65536)):
+            break
+        text += more
+        if b'"all"' in text:
+            break
+    os.close(reads)
+    facts = [json.loads(line) for line in text.splitlines() if line.endswith(b"}")]
+    said = [fact for fact in facts if "test" in fact]
+    return said, any(fact.get("all") for fact in facts)
+
+
+def end_all(child: int) -> None:
+    "End a fork with all that it has started."
+    import psutil
+
     try:
-        return process.wait(seconds) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
+        family = psutil.Process(child).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    for process in family:
         try:
-            os.killpg(process.pid, 9)
-        except ProcessLookupError:
+            process.kill()
+        except psutil.NoSuchProcess:
             pass
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    os.waitpid(child, 0)
+
+
+# The copy
 
 
 def copied(folder: Path) -> Path:
@@ -240,43 +233,93 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def mutants_of(name: str) -> list[Mutant]:
-    "All mutants of a room."
-    found = []
-    for module in ROOMS[name].modules:
-        source = (ROOT / module).read_text()
-        found += (lua_mutants if name == "scripts" else python_mutants)(module, source)
-    return found
+def put(copy: Path, mutant: Mutant) -> dict[Path, str]:
+    "Write a mutant into the copy; returns what was there."
+    changes = {mutant.cell.module: in_module, mutant.cell.notebook: in_notebook}
+    before = {copy / name: (copy / name).read_text() for name in changes}
+    for path, change in zip(before, changes.values()):
+        write(path, change(mutant, before[path]))
+    return before
 
 
-def try_room(name: str, most: int, seed: int, seconds: float) -> tuple[int, int]:
-    "Try a room's mutants; prints who survives; returns how many were noticed, and of how many."
-    found = mutants_of(name)
-    chosen = found if len(found) <= most else random.Random(seed).sample(found, most)
-    room = ROOMS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(folder))
-        if not passes(copy, room.tests, seconds):
-            sys.exit(f"{name}: the tests fail without a mutation; run bin/test first")
-        count = 0
-        for number, mutant in enumerate(chosen, start=1):
-            good = noticed(mutant, copy, room.tests, seconds)
-            count += good
-            print(f"\r{name} {number}/{len(chosen)}, noticed {count}", end="", file=sys.stderr)
-            if not good:
-                print(
-                    f"\n{mutant.module}:{mutant.line}\n  - {mutant.was}\n  + {mutant.now}",
-                    flush=True,
-                )
+def write(path: Path, text: str) -> None:
+    "Write a file, and forget what was compiled of it: a time in whole seconds would hide the change."
+    path.write_text(text)
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        compiled.unlink()
+
+
+# A room
+
+
+TIMES = ROOT / ".venv" / "mutants.json"  # seconds of each chapter and test when last tried
+
+
+def baseline(copy: Path, room: Room, chapters: list[str], longest: float) -> dict[str, float]:
+    "Seconds of each chapter and test without a mutation; all that will be used must pass."
+    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    looks = [lambda say, name=name: chapter(copy, name, say) for name in chapters]
+    looks.append(lambda say: tests(copy, room.tests, known, longest, say))
+    for look in looks:
+        good, said = ends_well(copy, look, 1200)
+        if not good:
+            worst = [fact["test"] for fact in said if not fact["passed"]]
+            sys.exit(f"fails without a mutation: {worst or said[-1:]}; run bin/test first")
+        known |= {fact["test"]: fact["seconds"] for fact in said}
+    TIMES.write_text(json.dumps(known))
+    return known
+
+
+def noticed(copy: Path, mutant: Mutant, room: Room, known: dict, longest: float) -> str:
+    "The first chapter or test that fails, or does not come to an end; empty if none."
+    names = [mutant.cell.notebook, *room.chapters]
+    for name in dict.fromkeys(names):
+        look = lambda say, name=name: chapter(copy, name, say)
+        if not ends_well(copy, look, 20 + 5 * known[name])[0]:
+            return name
+    mine = [seconds for test, seconds in known.items() if test.startswith(room.tests)]
+    quick = [seconds for seconds in mine if seconds <= longest]
+    look = lambda say: tests(copy, room.tests, known, longest, say)
+    good, said = ends_well(copy, look, 60 + 4 * sum(quick))
+    if good:
+        return ""
+    failed = [fact["test"] for fact in said if not fact["passed"]]
+    return failed[0] if failed else f"no end after {said[-1]['test'] if said else 'nothing'}"
+
+
+def try_room(name: str, given: argparse.Namespace, copy: Path, tell) -> Counter:
+    "Try a room's mutants, and tell what became of each; returns how many ended how."
+    room, known_equivalent = ROOMS[name], equivalent()
+    found = mutants(copy, room.modules, lua=name == "scripts")
+    most, dice = given.most, random.Random(given.seed)
+    chosen = found if len(found) <= most else dice.sample(found, most)
+    chosen = [m for m in chosen if given.only in m.place]
+    chapters = dict.fromkeys([*room.chapters, *(m.cell.notebook for m in chosen)])
+    known, count = baseline(copy, room, list(chapters), given.longest), Counter()
+    for number, mutant in enumerate(chosen, start=1):
+        if why := reason(mutant, known_equivalent):
+            kind, who = "equivalent", why
+        else:
+            before = put(copy, mutant)
+            try:
+                who = noticed(copy, mutant, room, known, given.longest)
+            finally:
+                for path, text in before.items():
+                    write(path, text)
+            kind = "noticed" if who else "survived"
+        count[kind] += 1
+        tell(name, mutant, kind, who)
+        counts = ", ".join(f"{n} {kind}" for kind, n in count.items())
+        print(f"\r{name} {number}/{len(chosen)}: {counts}   ", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return count, len(chosen)
+    return count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bin/mutants",
-        description="Break the code on purpose, one "
-        "small change at a time, and look whether a test notices.",
+        description="Break the code on purpose, one small change at a time, and look whether a "
+        "chapter or a test notices. Each mutant takes some seconds, a room some minutes.",
     )
     parser.add_argument(
         "room", nargs="*", metavar="ROOM", help=f"of {', '.join(ROOMS)}; all if none is named"
@@ -286,22 +329,40 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
     parser.add_argument(
-        "--seconds",
+        "--longest",
         type=float,
-        default=300,
-        help="until tests that hang have noticed (default 300)",
+        default=2,
+        help="seconds; tests that take longer are left out (default 2)",
     )
+    parser.add_argument("--only", default="", help="mutants whose file and line hold this")
+    parser.add_argument("--to", type=Path, help="a file: a line of JSON for each mutant")
     given = parser.parse_args()
     unknown = [name for name in given.room if name not in ROOMS]
     if unknown:
         parser.error(f"there is no room {unknown[0]}; it may be one of {', '.join(ROOMS)}")
-    table = {
-        name: try_room(name, given.most, given.seed, given.seconds)
-        for name in given.room or ROOMS
-    }
-    print("\nroom        noticed")
-    for name, (count, total) in table.items():
-        print(f"{name:11} {count} of {total} ({count / total:.0%})")
+
+    def tell(room: str, mutant: Mutant, kind: str, who: str) -> None:
+        was, now = mutant.change
+        if kind == "survived":
+            print(f"\n{mutant.place}\n  - {was}\n  + {now}", flush=True)
+        if given.to:
+            with given.to.open("a") as file:
+                facts = dict(
+                    room=room, place=mutant.place, was=was, now=now, kind=kind, who=who
+                )
+                print(json.dumps(facts), file=file)
+
+    prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(folder))
+        table = {name: try_room(name, given, copy, tell) for name in given.room or ROOMS}
+    print("\nroom        noticed  equivalent  survived")
+    for name, count in table.items():
+        tried = count["noticed"] + count["survived"]
+        part = f"({count['noticed'] / max(1, tried):.0%})"
+        print(
+            f"{name:11} {count['noticed']:3} {part:6} {count['equivalent']:7} {count['survived']:9}"
+        )
 
 
 if __name__ == "__main__":
