@@ -117,7 +117,8 @@ def read_meter(
     begun = before.attempts + (call.message.id in services.store.uncounted)
     finished = before.finished + 1
     counts["LaunchLambda"] = before._replace(**own, attempts=begun, finished=finished)
-    book = nearest(services.environment.get("AWS_REGION", ""))
+    of = services.environment
+    book = nearest(of.get("AWS_REGION", ""), of.get("SNN_MEMORY", ""))
     return reading(call.plan, counts, status, time.time(), book, ended)
 
 

@@ -46,9 +46,13 @@ def test_the_setup_is_what_the_templates_deploy(book, root):
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     functions = yaml.load((root / "infra/functions.yaml").read_text(), Loader)["Resources"]
+    main = yaml.load((root / "infra/main.yaml").read_text(), Loader)["Parameters"]
     for name, memory in FUNCTIONS.items():
         properties = functions[name.replace("Lambda", "Function")]["Properties"]
-        assert properties["MemorySize"] == book.setup[memory].value
+        size = properties["MemorySize"] or main["FunctionMemory"]["Default"]
+        assert size == book.setup[memory].value
+    launch = functions["LaunchFunction"]["Properties"]["Environment"]["Variables"]
+    assert "SNN_MEMORY" in launch  # where a run is metered
     for name, quota in (
         ("Neuron", "timeout"),
         ("Trainer", "timeout"),
