@@ -213,6 +213,39 @@ def _as_measured(path: Path | None, book, quiet: bool):
             )
     return book, replaced
 
+# %% ../../nbs/cli/07_estimate.ipynb #83ba944c
+def _others(own, found: list) -> Table:
+    "The run as it is, and the services that are not used."
+    table = Table("", "a run, at least", "a month, always", "why not", box=None)
+    table.add_row("as it is", money(own.dollars), "", duration(own.seconds))
+    for one in found:
+        month = money(one.month) if one.month else ""
+        table.add_row(one.name, money(one.run), month, one.why)
+    return table
+
+
+def _sources(found: list, book) -> list[str]:
+    "Where the numbers are from, and which are not confirmed."
+    return [
+        f"{name}: {number.value:g} {number.unit} ({number.date}, {number.source}"
+        f"{'' if number.confirmed else '; not confirmed'})"
+        for one in found
+        for name, number in ((name, book.others[name]) for name in one.numbers)
+    ]
+
+
+def _designs(plan, book, epochs: int | None, json: bool) -> None:
+    "Say what other services would cost."
+    from snn.estimate.alternatives import alternatives
+
+    own, found = alternatives(plan, book, epochs or plan.parameters.epochs)
+    if json:
+        numbers = {name: book.others[name] for one in found for name in one.numbers}
+        others = [one._asdict() for one in found]
+        return print_json({"ours": own._asdict(), "others": others, "numbers": numbers})
+    out.print(_others(own, found))
+    out.print("", *_sources(found, book), sep="\n", markup=False, soft_wrap=True)
+
 # %% ../../nbs/cli/07_estimate.ipynb #ab43f23a
 def best(
     found: dict,  # estimates by granularity
@@ -294,6 +327,10 @@ def estimate(
         float | None,
         Option(help="US dollars that a run may cost; alone: choose what is fastest for them."),
     ] = None,
+    designs: Annotated[
+        bool,
+        Option("--designs", help="What other services of AWS would cost, and why not those."),
+    ] = False,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Say what a run on AWS will do, cost and take, before anything is deployed. Needs no network."
@@ -307,12 +344,17 @@ def estimate(
     limits = span(deadline, "--deadline") if deadline is not None else None, budget
     if budget is not None and not 0 < budget < float("inf"):
         raise InputError(f"--budget is {budget:g}; it may be US dollars above 0")
+    if any(limits) and designs:
+        raise InputError("--designs compares services; leave out --deadline and --budget")
     if any(limits) and granularity:
         raise InputError("--granularity is chosen with --deadline or --budget; leave it out")
     chosen, book = chosen_parameters(parameters), load(prices, region)
     book = with_quota(book, quota) if quota else book
     book, replaced = _as_measured(measured, book, json)
     plan = estimating.planned(chosen, *estimating.data_size(data))
+    if designs:
+        chosen_plan = estimating.at_granularity(plan, granularity) if granularity else plan
+        return _designs(chosen_plan, book, epochs, json)
     if any(limits):
         return _choose(plan, book, epochs, limits, json)
     found = estimating.estimates(

@@ -93,9 +93,26 @@ def test_a_bare_image_file_is_enough(snn, file, small_datasets, tmp_path):
     assert code == 0 and "20 images of 8x8 pixels in 1 mini-batches" in said
 
 
+def test_other_services_are_shown_with_prices_and_why_not(snn, file):
+    code, said, _ = snn("estimate", "--parameters", file, "--designs", "--epochs", 2957)
+    words = " ".join(said.split())
+    assert code == 0
+    for name in ("durable functions", "Step Functions", "Managed Instances", "SnapStart"):
+        assert name in said
+    assert "durable_operation: 8e-06 USD per durable operation (2026-09" in words
+    assert "not confirmed)" in words
+    found = json.loads(
+        snn("estimate", "--parameters", file, "--designs", "--epochs", 2957, "--json")[1]
+    )
+    steps, (durable, *_) = found["ours"]["steps"], found["others"]
+    assert durable["run"] == pytest.approx(2957 * steps * 8 / 1e6)
+    assert set(durable["numbers"]) <= set(found["numbers"])
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["--designs", "--deadline", "1m"], "leave out --deadline and --budget"),
         (
             ["--granularity", "cell"],
             "--granularity is cell; it may be neuron, layer or network",
