@@ -192,10 +192,8 @@ def questions(
     waiting: list[dict] = []
     for image in images:
         one = {"base64": b64encode(png(image)).decode()}
-        if (
-            len(waiting) == PICTURES
-            or sum(len(w["base64"]) for w in waiting) + len(one["base64"]) > SIZE
-        ):
+        size = sum(len(w["base64"]) for w in waiting) + len(one["base64"])
+        if waiting and (len(waiting) == PICTURES or size > SIZE):
             yield len(waiting), json.dumps({"images": waiting}).encode()
             waiting = []
         waiting.append(one)
