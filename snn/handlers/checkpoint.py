@@ -165,7 +165,7 @@ def _next(before: Resumption, bucket: Bucket) -> Resumption:
     "The next resumption. The bucket remembers the last: a server that has forgotten it may still be sent its messages."
     marks = f"training_checkpoints/{before.name}/resumed/"
     kept = [int(key.removeprefix(marks)) for key in bucket.keys(marks)]
-    number = 1 + max(before.number, *kept, 0)
+    number = 1 + max([before.number, *kept])
     bucket.put(f"{marks}{number}", b"")
     return Resumption(before.name, number)
 
