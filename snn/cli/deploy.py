@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from .console import err, money, out, print_json
+from .console import err, money, out, print_json, span
 from ..errors import InputError
 
 # %% ../../nbs/cli/70_deploy.ipynb #e754e394
@@ -256,6 +256,12 @@ def deploy(
             help="minimal: bucket, functions, parameter server; standard: and the Prediction API's pipeline; full: and a notebook."
         ),
     ] = None,
+    sleep_after: Annotated[
+        str | None,
+        Option(
+            help="As 2h: the stack sleeps by itself after so long without a run; never, at first."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         Option(
@@ -292,6 +298,7 @@ def deploy(
         "ReviewRange": reviewers,
         "GitHubRepository": repository,
         "ModelCopy": predict_input,
+        "SleepAfter": _sleep_after(sleep_after),
     }
     five = {
         "bucket": bucket,
@@ -380,6 +387,18 @@ def _options(
         **said,
         **({"Notebook": "no", "Pipeline": "no"} if local else {}),
     }
+
+
+def _sleep_after(text: str | None) -> int | None:
+    "Minutes after which a stack sleeps; raises `InputError` for less than a quarter of an hour."
+    if text in (None, "never"):
+        return None if text is None else 0
+    seconds = span(text, "--sleep-after")
+    if seconds < 900:
+        raise InputError(
+            f"--sleep-after is {text}; it may be 15m or longer, as is looked every 15 minutes, or never"
+        )
+    return round(seconds / 60)
 
 
 def _prediction(certificate: str | None, domain: str | None, reviewers: str | None) -> None:

@@ -55,6 +55,14 @@ def test_package_says_size_fingerprint_and_import_times(snn, tmp_path, packages)
         (["deploy", *FIVE[2:]], "not given: --bucket"),
         (["deploy", *FIVE, "--profile", "small"], "may be minimal, standard, full"),
         (["deploy", *FIVE, "--set", "LogRetention=long"], "it may be a number"),
+        (
+            ["deploy", *FIVE, "--sleep-after", "5m"],
+            "--sleep-after is 5m; it may be 15m or longer",
+        ),
+        (
+            ["deploy", *FIVE, "--sleep-after", "soon"],
+            "--sleep-after is soon; it may be a time",
+        ),
         (["deploy", *FIVE, "--bucket", "Cats!"], "'Cats!' is not one"),
         (["deploy", *FIVE, "--email", "somebody"], "it looks like somebody@example.com"),
         (["deploy", *FIVE, "--connection", "ghp_token"], "codeconnections"),

@@ -1,6 +1,8 @@
 """A stack that sleeps costs next to nothing, and an upload wakes it."""
 
 import json
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
@@ -227,6 +229,94 @@ def test_launchlambda_leaves_alone_what_comes_while_the_stack_sleeps(monkeypatch
     assert "snn wake" in launch.lambda_handler(EVENT, None)["refused"]
     servers = TEMPLATES["parameter_server.yaml"]["Outputs"]["Url"]["Value"]
     assert render(servers, {}, {"Awake": False}) == launch.ASLEEP
+
+
+NOW = datetime.now(UTC)
+
+
+class Idle(Cloud):
+    "The same, with a bucket, and a LaunchLambda that says what runs."
+
+    def __init__(self, changed=600, written=600, running=(), says=None, **more):
+        super().__init__(asleep=False, **more)
+        self.changed, self.written = (NOW - timedelta(minutes=m) for m in (changed, written))
+        self.says = {"running": list(running)} if says is None else says
+
+    def describe_stacks(self, StackName):
+        found = super().describe_stacks(StackName)
+        found["Stacks"][0]["CreationTime"] = self.changed
+        return found
+
+    def get_paginator(self, name):
+        return self
+
+    def paginate(self, Bucket, Prefix):
+        assert Bucket == "cats"
+        written = Prefix == "training_results/"
+        yield {"Contents": [{"LastModified": self.written}]} if written else {}
+
+    def invoke(self, FunctionName, Payload):
+        assert (FunctionName, json.loads(Payload)) == ("Cats-LaunchLambda", {"state": "runs"})
+        return {"Payload": BytesIO(json.dumps(self.says).encode())}
+
+    def update_stack(self, **call):
+        self.asleep = True
+
+
+@pytest.fixture
+def look(handle, monkeypatch):
+    monkeypatch.setenv("SNN_SLEEP_AFTER", "120")
+    monkeypatch.setenv("SNN_BUCKET", "cats")
+    return lambda cloud: handle(cloud, {"state": "sleep"})
+
+
+def test_a_stack_in_which_nothing_happens_falls_asleep(look):
+    cloud = look(Idle())
+    assert cloud.asleep and cloud.mails == ["Cats falls asleep"]
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [{"changed": 119}, {"written": 119}, {"running": ["cats-1"]}],
+    ids=lambda busy: next(iter(busy)),
+)
+def test_one_in_which_something_happened_stays_awake(busy, look):
+    cloud = look(Idle(**busy))
+    assert not cloud.asleep and not cloud.mails
+
+
+def test_if_nobody_says_what_runs_it_stays_awake(look):
+    cloud = Idle(says={"errorMessage": "no parameter server"})
+    with pytest.raises(RuntimeError, match="stays awake: LaunchLambda does not say what runs"):
+        look(cloud)
+    assert not cloud.asleep
+
+
+def test_by_itself_it_sleeps_only_where_somebody_has_asked_for_it():
+    template, main = TEMPLATES["wake.yaml"], TEMPLATES["main.yaml"]
+    assert main["Parameters"]["SleepAfter"]["Default"] == 0
+    assert template["Resources"]["Sleep"]["Condition"] == "ByItself"
+    both = template["Conditions"]["ByItself"]["Fn::And"]
+    assert {"Fn::Not": [{"Fn::Equals": [{"Ref": "SleepAfter"}, 0]}]} in both
+    target = template["Resources"]["Sleep"]["Properties"]["Target"]
+    assert json.loads(target["Input"]) == {"state": "sleep"}
+    names = template["Resources"]["WakeFunction"]["Properties"]["Environment"]["Variables"]
+    assert {"SNN_SLEEP_AFTER", "SNN_BUCKET", "SNN_STACK", "SNN_TOPIC"} == names.keys()
+
+
+def test_what_looks_whether_to_sleep_is_in_the_costs():
+    asleep = {**PROFILES["minimal"], "Asleep": "yes"}
+    cost = lambda **more: monthly(standing({**asleep, **more}, load()))
+    assert cost() < cost(SleepAfter="120") < cost() + 0.1
+
+
+def test_launchlambda_knows_which_runs_are_under_way(cloud, parameters, monkeypatch):
+    runs = cloud.services.runs
+    monkeypatch.setattr(launch, "process_services", lambda: cloud.services)
+    monkeypatch.setattr(runs, "names", lambda: ["a", "b"])
+    state = lambda run: SimpleNamespace(state="running" if run == "b" else "finished")
+    monkeypatch.setattr(runs, "status", state)
+    assert launch.lambda_handler({"state": "runs"}, None) == {"running": ["b"]}
 
 
 # The local AWS forgets attributes of what stays in a nested stack that is updated, so templates sleep here one by one.
