@@ -104,7 +104,7 @@ def blocks(
     layer: int,  # from 1
 ) -> list[tuple[int, int]]:  # first neuron and number of neurons, per block
     "How a layer is divided among NeuronLambdas."
-    n = parameters.sizes[layer - 1]
+    n = parameters.neurons[f"layer{layer}"]
     return [(j, 1) for j in range(n)] if parameters.granularity == "neuron" else [(0, n)]
 
 # %% ../../nbs/cloud/01_messages.ipynb #3f13dd30

@@ -23,7 +23,7 @@ from snn.handlers.invocation import (
 )
 from ..maths.augment import masked
 from ..maths.network import Layer, activations, cost, hidden_masks, parameter_gradients, step
-from ..maths.neuron import backward, forward
+from ..maths.neuron import backward, forward, sum_gradient
 
 # %% ../../nbs/handlers/02_neuron.ipynb #606dfef4
 def forward_block(
@@ -59,9 +59,10 @@ def backward_block(
     dA, A = masked(call.arrays[f"dA{layer}"], mask(call, layer)), call.arrays[f"A{layer}"]
     (old,) = weights(call, [call.block])
     before, kind = activations_before(call), call.activation
-    dZ, *gradient = backward(dA[own], A[own], before, kind, *old[:2])
+    given = dA[own], A[own], before, kind, *old[:2]
     if not call.message.learn:
-        return {call.row("dz"): dZ}
+        return {call.row("dz"): sum_gradient(*given)}
+    dZ, *gradient = backward(*given)
     return {call.row("dz"): dZ, **after_step(call, layer, first, old, *gradient)}
 
 # %% ../../nbs/handlers/02_neuron.ipynb #4d6c6f47

@@ -87,6 +87,7 @@ FUNCTIONS = {
         network.initialise_layer,
         neuron.forward,
         neuron.backward,
+        neuron.sum_gradient,
         neuron.input_gradient,
         sampling.standardise,
         sampling.mini_batches,
