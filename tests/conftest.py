@@ -298,18 +298,49 @@ if os.environ.get("SNN_TESTS_QUICK"):
     shorten_pauses()  # tests/anywhere quick
 
 
+# Files that take longest, the longest first: a worker that begins one of them last keeps all others waiting.
+LONGEST = (
+    "test_stories.py",
+    "faults/test_accidents.py",
+    "deploy/test_residents.py",
+    "deploy/test_package.py",
+    "test_speed_is_measured.py",
+    "test_notebooks.py",
+    "faults/test_servers.py",
+    "test_cli.py",
+    "serve/test_image.py",
+    "deploy/test_stack.py",
+    "deploy/test_lambda_runtime.py",
+    "deploy/test_deploy_commands.py",
+    "estimate/test_estimate_command.py",
+    "test_mails.py",
+    "test_strange_machines.py",
+    "test_training.py",
+)
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    "One more than there are processors: a test often waits for a server, a browser or a pause."
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
+    return (processors or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
-    "Files in random order, and the tests of each too: tests/anywhere shuffled."
-    if not (seed := os.environ.get("SNN_TESTS_SEED")):
-        return
-    dice, groups = random.Random(int(seed)), {}
+    "The longest files first; or files in random order, and the tests of each too (tests/anywhere shuffled)."
+    groups = {}
     for item in items:
         groups.setdefault(item.path, []).append(item)
-    files = list(groups.values())
-    dice.shuffle(files)
-    for group in files:
-        dice.shuffle(group)
-    items[:] = [item for group in files for item in group]
+    if seed := os.environ.get("SNN_TESTS_SEED"):
+        dice, files = random.Random(int(seed)), list(groups)
+        dice.shuffle(files)
+        for path in files:
+            dice.shuffle(groups[path])
+    else:
+        rank = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+        files = sorted(groups, key=lambda path: rank.get(path, len(rank)))
+    items[:] = [item for path in files for item in groups[path]]
 
 
 # What brings tests that were skipped, by a word of the reason; a reason that has no word here says it itself.

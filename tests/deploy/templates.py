@@ -1,7 +1,9 @@
 """Templates as CloudFormation would see them, and who may do what by their policies. Enough of both for ours."""
 
 import re
+from copy import deepcopy
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -17,7 +19,7 @@ PSEUDO = {
 }
 
 
-class Loader(yaml.SafeLoader):
+class Loader(yaml.CSafeLoader):
     "Reads !Ref and its like as {'Ref': ...}."
 
 
@@ -36,8 +38,13 @@ def _intrinsic(loader, suffix, node):
 Loader.add_multi_constructor("!", _intrinsic)
 
 
-def read(path: Path) -> dict:
+@cache
+def _parsed(path: Path) -> dict:
     return yaml.load(path.read_text(), Loader)
+
+
+def read(path: Path) -> dict:
+    return deepcopy(_parsed(path))
 
 
 def paths() -> list[Path]:
