@@ -179,7 +179,7 @@ def lua_lines(source: str) -> Iterator[int]:
             inside = False
         elif inside:
             yield number
-        elif re.match(r'_?[A-Z_]+ = ([A-Z_]+ \+ )*"""$', line):
+        elif re.match(r'(_?[A-Z_]+ = ([A-Z_]+ \+ )*| +\+ )"""$', line):
             inside = True
 
 

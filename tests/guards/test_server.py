@@ -1,0 +1,417 @@
+"""What the scripts on the parameter server leave there, field by field, and how long it stays."""
+
+import msgspec
+import pytest
+
+from snn.cloud.bus import KEEP, MOST, QUEUE, Queue, encoded_envelope, meant_for, taken_by
+from snn.cloud.messages import Message, Plan
+from snn.cloud.residents import LEASE, Residents, Seat, queue_key
+from snn.cloud.runs import Runs, Status
+from snn.cloud.store import (
+    LARGE,
+    Incomplete,
+    Joined,
+    Opened,
+    Packer,
+    Store,
+    connect,
+    in_namespace,
+    keys_in,
+)
+from snn.local.server import parameter_server
+from snn.maths.parameters import from_dict
+
+WEEK = 7 * 24 * 3600
+
+
+@pytest.fixture(scope="module")
+def server():
+    with parameter_server() as started:
+        yield started
+
+
+@pytest.fixture
+def store(server):
+    found = Store(connect(server.url))
+    found.client.execute_command("FLUSHALL")
+    return found
+
+
+def neuron(epoch=0, batch=0, first=0, **changes):
+    "A message to a neuron of layer 2."
+    return Message("NeuronLambda", "forward", "demo", epoch, batch, 2, first, 1, **changes)
+
+
+def trainer(epoch=0, batch=0):
+    return Message("TrainerLambda", "forward", "demo", epoch, batch, 2)
+
+
+def fields(store, key):
+    "A hash on the server, without what a duration makes different each time."
+    found = store.client.hgetall(key)
+    own = {name.decode(): value.decode() for name, value in found.items()}
+    return {name: value for name, value in own.items() if name not in TIMED}
+
+
+TIMED = {f"NeuronLambda:{name}" for name in ("billed", "starts", "init")}
+STEP = "NeuronLambda/forward/2/0"
+
+
+# To begin
+
+
+def test_what_an_opening_leaves(store):
+    assert store.open(neuron()) == Opened("open", [])
+    assert fields(store, "{demo/0}") == {"epoch": "0", "NeuronLambda:attempts": "1"}
+    assert fields(store, "{demo/0}:0") == {"epoch": "0", f"attempts:{STEP}": "1"}
+    for name in ("{demo/0}", "{demo/0}:0"):
+        assert 23 * 3600 < store.client.ttl(name) <= 24 * 3600 == store.ttl
+
+
+def test_an_opening_fetches_what_is_there(store):
+    store.put(neuron(), {"a": b"1", "b": b"2"})
+    store.put(neuron(batch=3), {"w": b"3"})
+    found = store.open(neuron(), ["b", "none"], "{demo/3}:0", ["none", "w"])
+    assert found == Opened("open", [b"2", None], [None, b"3"])
+
+
+def test_an_opening_of_finished_work_is_a_duplicate(store):
+    store.open(neuron())
+    store.finish(neuron(), 0.25)
+    assert store.open(neuron(), ["a"]) == Opened("finished", [])
+    counters = fields(store, "{demo/0}")
+    assert counters["NeuronLambda:attempts"] == "2"
+    assert counters["NeuronLambda:duplicates"] == counters["NeuronLambda:finished"] == "1"
+    assert counters["NeuronLambda:microseconds"] == "250000"
+
+
+def test_an_epoch_throws_away_the_one_before_the_last(store):
+    there = lambda: sorted(key.decode() for key in store.client.scan_iter("{demo/0}:*"))
+    for epoch, left in ((0, [0]), (1, [0, 1]), (2, [1, 2]), (3, [2, 3])):
+        store.put(neuron(epoch), {"a": b"1"})
+        store.flush()
+        assert there() == [f"{{demo/0}}:{number}" for number in left]
+    assert fields(store, "{demo/0}")["epoch"] == "3"
+    assert store.client.ttl("{demo/0}:3") > 0
+
+
+def test_what_is_late_changes_nothing_and_is_counted_as_stale(store):
+    store.open(neuron(epoch=5))
+    before = fields(store, "{demo/0}:5"), fields(store, "{demo/0}:4")
+    assert store.open(neuron(epoch=4)).status == "stale"
+    store.put(neuron(epoch=4), {"a": b"1"})
+    store.finish(neuron(epoch=4), 0.1, {"a": b"1"}, [b"message"], QUEUE)
+    assert store.join(neuron(epoch=4), 1, trainer(4), 0.1) == Joined(0, False)
+    assert (fields(store, "{demo/0}:5"), fields(store, "{demo/0}:4")) == before
+    assert fields(store, "{demo/0}")["stale"] == "4" and store.client.llen(QUEUE) == 0
+    assert store.open(neuron(epoch=5)).status == "open"  # an equal one is not late
+
+
+def test_a_stopped_run_does_nothing_more(store):
+    store.client.hset("{demo/0}", "stopped", 1)
+    assert store.open(neuron()) == Opened("stopped", [])
+    assert store.join(neuron(), 1, trainer(), 0.1) == Joined(0, False)
+    store.put(neuron(), {"a": b"1"})
+    store.finish(neuron(), 0.1, {"a": b"1"}, [b"message"], QUEUE)
+    store.flush()
+    assert fields(store, "{demo/0}") == {"stopped": "1"}
+    assert not store.client.exists("{demo/0}:0", QUEUE)
+
+
+# To end
+
+
+def test_who_did_not_ask_is_counted_at_its_end_and_once(store):
+    store.open_later(neuron())
+    store.finish(neuron(), 0.5, {"a": b"1"})
+    store.flush()
+    assert fields(store, "{demo/0}:0") == {
+        "epoch": "0",
+        f"attempts:{STEP}": "1",
+        f"finished:{STEP}": "500000",
+        "a": "1",
+    }
+    once = {"epoch": "0", "NeuronLambda:attempts": "1", "NeuronLambda:finished": "1"}
+    assert fields(store, "{demo/0}") == once | {"NeuronLambda:microseconds": "500000"}
+    store.open_later(neuron())
+    store.finish(neuron(), 7.0, {"a": b"2"})
+    store.flush()
+    counters = fields(store, "{demo/0}")
+    assert counters["NeuronLambda:attempts"] == "2"
+    assert counters["NeuronLambda:duplicates"] == counters["NeuronLambda:finished"] == "1"
+    assert counters["NeuronLambda:microseconds"] == "500000"
+    assert fields(store, "{demo/0}:0")["a"] == "1"
+    store.finish(neuron(), 7.0)  # one that had asked, and was counted then
+    store.flush()
+    assert fields(store, "{demo/0}")["NeuronLambda:duplicates"] == "1"
+
+
+def test_what_an_invocation_has_counted_is_added_once(store):
+    store.meter.used.costs = 3
+    store.finish(neuron(), 0.1)
+    store.flush()
+    billed = int(store.client.hget("{demo/0}", "NeuronLambda:billed"))
+    assert billed > 0 and store.client.hget("{demo/0}", "NeuronLambda:starts") == b"1"
+    assert store.client.hget("{demo/0}", "NeuronLambda:costs") == b"3"
+    store.meter.used.costs = 3
+    store.finish(neuron(), 0.1)
+    store.finish(neuron(first=1), 0.1)
+    store.flush()
+    assert store.client.hget("{demo/0}", "NeuronLambda:costs") == b"3"
+    assert store.client.hget("{demo/0}", "NeuronLambda:starts") == b"1"  # of the process
+    assert int(store.client.hget("{demo/0}", "NeuronLambda:billed")) > billed
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_whoever_completes_a_barrier_sends_and_who_comes_later_mends(store, members):
+    for number in range(members):
+        told = store.join(neuron(first=number), members, trainer(), 0.1, {f"a{number}": b"1"})
+        assert told == Joined(number + 1, number + 1 == members)
+    again = store.join(neuron(first=0), members, trainer(), 0.1, {"a0": b"2"})
+    assert again == Joined(members, True)  # the next step was never begun
+    store.open(trainer())
+    assert store.join(neuron(first=0), members, trainer(), 0.1) == Joined(members, False)
+    found = fields(store, "{demo/0}:0")
+    assert found["a0"] == "1" and found["joined:NeuronLambda/forward/2"] == str(members)
+
+
+def test_a_barrier_on_this_server_leaves_the_message_once(store):
+    for number in range(3):
+        store.join_later(neuron(first=number), 3, trainer(), 0.1, {}, b"the message", QUEUE)
+        store.flush()
+        assert store.client.llen(QUEUE) == (number == 2)
+    store.open(trainer())
+    store.join_later(neuron(first=2), 3, trainer(), 0.1, {}, b"the message", QUEUE)
+    store.flush()
+    assert store.client.lrange(QUEUE, 0, -1) == [b"the message"]
+
+
+def test_mini_batches_meet_at_a_barrier_of_the_epoch(store):
+    following = Message("LaunchLambda", "next", "demo", 0)
+    ends = [Message("TrainerLambda", "backward", "demo", 0, batch, 1) for batch in range(2)]
+    told = [store.join(end, 2, following, 0.1, {f"cost/{end.batch}": b"1"}) for end in ends]
+    assert told == [Joined(1, False), Joined(2, True)]
+    found = fields(store, "{demo}:0")
+    assert found["joined:mini-batches/backward/1"] == "2"
+    assert {"cost/0", "cost/1", "finished:TrainerLambda/backward/1/0/1"} <= set(found)
+    assert not store.client.exists("{demo/0}:0")  # each counts for itself when it finishes
+
+
+def test_a_finish_stores_and_sends_once_and_in_order(store):
+    for values, envelopes in (
+        ({}, []),
+        ({"a": b"1"}, []),
+        ({}, [b"x"]),
+        ({"a": b"1"}, [b"x", b"y"]),
+    ):
+        store.client.execute_command("FLUSHALL")
+        for _ in range(2):
+            store.finish(neuron(), 0.1, values, envelopes, QUEUE)
+            store.flush()
+            assert store.client.lrange(QUEUE, 0, -1) == envelopes
+            assert store.client.hget("{demo/0}:0", "a") == values.get("a")
+
+
+@pytest.mark.parametrize("size", [LARGE - 1, LARGE, LARGE + 1])
+def test_values_of_any_size_are_stored_and_go_by_themselves(store, size):
+    value = bytes(size)
+    store.put(neuron(), {"a": value, "b": b"small"})
+    store.join(neuron(first=1), 2, trainer(), 0.1, {"c": value})
+    store.finish(neuron(first=2), 0.1, {"d": value})
+    assert store.read("demo", 0, 0, ["a", "b", "c", "d"]) == [value, b"small", value, value]
+    assert store.client.ttl("{demo/0}:0") > 0
+    with pytest.raises(Incomplete, match="no e"):
+        store.read("demo", 0, 0, ["a", "e"])
+
+
+def test_a_bid_is_won_by_the_lowest_cost_and_of_equals_by_the_first(store):
+    bid = lambda batch, cost, epoch=0: store.bid(neuron(epoch, batch), cost)
+    assert [bid(2, 0.5), bid(3, 0.5), bid(3, 0.6), bid(1, 0.5), bid(2, 0.5)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert bid(1, 0.5) and bid(4, 0.4) and not bid(1, 0.5)
+    assert bid(5, 0.9, epoch=1)  # another epoch
+    assert not bid(5, 0.1)  # which is over
+    assert fields(store, "{demo}:1") == {"epoch": "1", "lowest": "0.9", "leader": "5"}
+
+
+# The queue
+
+
+def test_a_worker_takes_a_fair_share_and_no_more_than_so_many(store):
+    queue = Queue(store, workers=4)
+    for count, share in ((1, 1), (3, 1), (8, 2), (4 * MOST, MOST), (8 * MOST, MOST)):
+        store.client.delete(QUEUE)
+        store.client.rpush(QUEUE, *[encoded_envelope(neuron(first=n)) for n in range(count)])
+        taken = queue.take("one", wait=0)
+        assert len(taken) == share
+        assert msgspec.json.decode(taken[0].event, type=Message).first == 0  # the oldest first
+        assert store.client.llen(QUEUE) == count - share
+        assert store.client.llen(taken_by("one")) == share  # what it had before is done
+        assert KEEP - 60 < store.client.ttl(taken_by("one")) <= KEEP == 24 * 3600
+    store.client.delete(QUEUE)
+    assert queue.take("one", wait=0) == [] and not store.client.exists(taken_by("one"))
+
+
+def test_what_is_meant_for_a_worker_comes_first_and_all_of_it(store):
+    queue = Queue(store, workers=4)
+    store.client.rpush(QUEUE, encoded_envelope(neuron(first=9)))
+    mine = [encoded_envelope(neuron(first=n)) for n in range(MOST + 2)]
+    store.client.rpush(meant_for("one"), *mine)
+    assert len(queue.take("one", wait=0)) == MOST and len(queue.take("one", wait=0)) == 2
+    assert len(queue.take("two", wait=0)) == 1
+
+
+def test_what_a_dead_worker_had_goes_back_in_its_order(store):
+    queue = Queue(store, workers=1)
+    envelopes = [encoded_envelope(neuron(first=n)) for n in range(5)]
+    store.client.rpush(QUEUE, *envelopes)
+    queue.take("one", wait=0)
+    store.client.rpush(meant_for("one"), b"meant for it")
+    assert queue.recover("one") == 6 and queue.recover("one") == 0
+    assert store.client.lrange(QUEUE, 0, -1) == [b"meant for it", *envelopes]
+    assert not store.client.exists(taken_by("one"), meant_for("one"))
+
+
+# Seats
+
+
+@pytest.fixture
+def residents(store):
+    network = {"epochs": 9, "layers": 1, "neurons": {"layer1": 1}, "learning_rate": 1}
+    rest = {"activations": {"layer1": "sigmoid"}, "batch_size": 8, "threshold": 0}
+    named = ("no", "yes")
+    plans = [
+        Plan(
+            name,
+            from_dict({**network, **rest, "residents": n}),
+            "",
+            "",
+            16,
+            3,
+            1,
+            named,
+            "",
+            "",
+        )
+        for name, n in (("demo", 2), ("apart", 0))
+    ]
+    runs = Runs(store)
+    for plan in plans:
+        runs.begin(plan)
+    found = Residents(store, runs)
+    found.plan = plans[0]
+    return found
+
+
+SEAT = Seat("demo", "NeuronLambda", 1)
+NAME, HAND = "{demo}:seat:NeuronLambda/1", "{demo}:hand:NeuronLambda/1"
+
+
+def test_a_seat_is_held_for_a_lease_which_taking_renews(residents, store):
+    assert "demo" in residents and "apart" not in residents
+    residents.sit(SEAT, "Ada")
+    assert store.client.get(NAME) == b"Ada" and 0 < store.client.ttl(NAME) <= LEASE == 30
+    store.client.expire(NAME, 5)
+    assert residents.take(SEAT, "Ada", wait=0) == []
+    assert store.client.ttl(NAME) > 5
+    assert residents.take(SEAT, "Bob", wait=0) is None
+    assert SEAT not in residents.vacant(residents.plan)
+    residents.leave(SEAT, "Bob")
+    assert store.client.get(NAME) == b"Ada"  # whose it is
+    residents.leave(SEAT, "Ada")
+    assert SEAT in residents.vacant(residents.plan)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_what_somebody_had_in_hand_goes_back_in_its_order(residents, store, leaves):
+    residents.sit(SEAT, "Ada")
+    residents.send([neuron(first=n) for n in range(4)])
+    where, hand = queue_key("demo", "NeuronLambda"), HAND
+    assert KEEP - 60 < store.client.ttl(where) <= KEEP
+    taken = residents.take(SEAT, "Ada", wait=0)
+    assert [msgspec.json.decode(one.event, type=Message).first for one in taken] == [0, 1]
+    assert store.client.llen(hand) == 2 and KEEP - 60 < store.client.ttl(hand) <= KEEP
+    residents.sit(SEAT, "Ada")  # once more, and alive
+    assert store.client.llen(hand) == 2
+    if leaves:
+        residents.leave(SEAT, "Ada")
+    else:
+        store.client.delete(NAME)  # its lease is over
+        residents.sit(SEAT, "Bob")
+    waiting = store.client.lrange(where, 0, -1)
+    assert waiting == [encoded_envelope(neuron(first=n)) for n in range(4)]
+    assert not store.client.exists(hand)
+
+
+# Runs
+
+
+def test_what_a_server_knows_of_a_run_goes_after_a_week(store, residents):
+    runs, plan = residents.runs, residents.plan
+    assert Status() == Status(
+        "running", -1, None, "", "", 0.0, None, None, -1, 0.0, 0.0, 0.0, "", False, 0.0
+    )
+    assert runs.status("demo") == Status()
+    runs.update("demo", Status(epoch=0, cost=0.5))
+    runs.update("demo", Status(epoch=1))  # of an epoch that has no cost
+    runs.count("demo", "mended")
+    runs.refuse("etag", "no such file")
+    runs.miss("a mail of demo", "no topic")
+    store.flush()
+    assert runs.costs("demo") == [0.5] and runs.counted("demo", "mended") == 1
+    assert runs.counted("demo", "lost") == 0
+    for key in ("{demo}:run", "{demo}:costs", "snn:refused", "snn:missed"):
+        assert WEEK - 60 < store.client.ttl(key) <= WEEK, key
+    assert runs.names() == ["demo", "apart"]
+    runs.begin(plan)  # told twice
+    assert runs.names() == ["demo", "apart"] and runs.newest("demo") == "demo"
+    assert runs.is_first("this", 3600) and not runs.is_first("this", 3600)
+    assert 3_540_000 < store.client.pttl("snn:first:this") <= 3_600_000
+    assert runs.note_progress("demo", 7) == 0.0 and 0 <= runs.note_progress("demo", 7) < 60
+    assert runs.note_progress("demo", 8) == 0.0
+    runs.stop(plan, "stopped", "its owner said so")
+    statuses = {store.open(neuron(batch=batch)).status for batch in range(2)}
+    assert statuses == {"stopped"} and not store.bid(neuron(batch=1), 0.1)
+    assert runs.status("demo").epoch == 1 and runs.status("demo").reason == "its owner said so"
+
+
+# Namespaces
+
+
+@pytest.mark.parametrize(
+    "command, keys",
+    [
+        (("GET", "a"), ["a"]),
+        (("HSET", "a", "b", "c"), ["a"]),
+        (("DEL", "a", "b", "c"), ["a", "b", "c"]),
+        (("exists", "a", "b"), ["a", "b"]),
+        (("LMOVE", "a", "b", "LEFT", "RIGHT"), ["a", "b"]),
+        (("BLMOVE", "a", "b", "LEFT", "RIGHT", 1), ["a", "b"]),
+        (("EVALSHA", "sha", 2, "a", "b", "c"), ["a", "b"]),
+        (("EVAL", "text", 0, "a"), []),
+        (("PING",), []),
+        (("SCRIPT LOAD", "text"), []),
+        (("CONFIG GET", "a"), []),
+    ],
+)
+def test_a_namespace_goes_before_each_key_and_nothing_else(command, keys):
+    assert list(command[keys_in(command)]) == keys
+    named = in_namespace("mine:", command)
+    changed = [after for before, after in zip(command, named, strict=True) if before != after]
+    assert changed == [f"mine:{key}" for key in keys]
+    assert in_namespace("mine:", ("GET", b"a")) == ("GET", b"mine:a")
+
+
+@pytest.mark.parametrize("size", [3, LARGE, LARGE + 1])
+def test_a_command_is_written_the_same_whatever_its_size(size):
+    written = b"".join(Packer().pack("HSET", "a", "b", bytes(size)))
+    assert written == b"*4\r\n$4\r\nHSET\r\n$1\r\na\r\n$1\r\nb\r\n$%d\r\n%s\r\n" % (
+        size,
+        bytes(size),
+    )
+    assert b"$6\r\nmine:a\r\n" in b"".join(Packer("mine:").pack("HSET", "a", "b", bytes(size)))
