@@ -1,22 +1,33 @@
 """What the scripts on the parameter server leave there, field by field, and how long it stays."""
 
 import msgspec
+import numpy as np
 import pytest
+import redis
 
+from snn.cloud import store as store_module
 from snn.cloud.bus import KEEP, MOST, QUEUE, Queue, encoded_envelope, meant_for, taken_by
 from snn.cloud.messages import Message, Plan
 from snn.cloud.residents import LEASE, Residents, Seat, queue_key
 from snn.cloud.runs import Runs, Status
 from snn.cloud.store import (
+    BEST,
     LARGE,
+    MASTER,
     Incomplete,
     Joined,
     Opened,
     Packer,
+    Refusing,
     Store,
     connect,
+    decode,
+    encode,
     in_namespace,
     keys_in,
+    patiently,
+    shown,
+    tag,
 )
 from snn.local.server import parameter_server
 from snn.maths.parameters import from_dict
@@ -140,7 +151,8 @@ def test_who_did_not_ask_is_counted_at_its_end_and_once(store):
     assert counters["NeuronLambda:attempts"] == "2"
     assert counters["NeuronLambda:duplicates"] == counters["NeuronLambda:finished"] == "1"
     assert counters["NeuronLambda:microseconds"] == "500000"
-    assert fields(store, "{demo/0}:0")["a"] == "1"
+    found = fields(store, "{demo/0}:0")
+    assert found["a"] == "1" and found[f"finished:{STEP}"] == "500000"
     store.finish(neuron(), 7.0)  # one that had asked, and was counted then
     store.flush()
     assert fields(store, "{demo/0}")["NeuronLambda:duplicates"] == "1"
@@ -415,3 +427,111 @@ def test_a_command_is_written_the_same_whatever_its_size(size):
         bytes(size),
     )
     assert b"$6\r\nmine:a\r\n" in b"".join(Packer("mine:").pack("HSET", "a", "b", bytes(size)))
+
+
+# The connection
+
+
+class Clock:
+    "A clock that moves when somebody sleeps."
+
+    def __init__(self):
+        self.now, self.slept = 1000.0, []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def refusing(times: float):
+    "Refuses so many times, and then answers."
+    left = iter(range(int(times)) if times < 1e6 else iter(int, 1))
+
+    def ask():
+        if next(left, None) is not None:
+            raise redis.exceptions.OutOfMemoryError("it is full")
+        return b"OK"
+
+    return ask
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(store_module, "time", made)
+    return made
+
+
+@pytest.mark.parametrize("times, warned", [(0, 0), (3, 0), (5, 0), (6, 0), (7, 2), (30, 2)])
+def test_a_server_that_refuses_is_asked_again_and_a_person_hears_of_it_once(
+    clock, caplog, times, warned
+):
+    assert patiently(refusing(times)) == b"OK"
+    pauses = [0.02, 0.04, 0.08, 0.16, 0.32, *[0.5] * 30]
+    assert clock.slept == pytest.approx(pauses[:times])
+    assert len(caplog.records) == warned  # after more than a second, and when it is over
+    if warned:
+        refuses, answers = (record.getMessage() for record in caplog.records)
+        assert refuses.endswith("it says: OOM it is full") and "answers again" in answers
+
+
+def test_a_server_that_refuses_for_a_minute_ends_the_run(clock):
+    with pytest.raises(Refusing, match="has refused for 60 s; it says: OOM it is full"):
+        patiently(refusing(float("inf")))
+    assert 60 < clock.now - 1000 <= 60.5
+
+
+def test_what_is_no_refusal_is_raised_at_once(clock):
+    def ask():
+        raise redis.ResponseError("wrong number of arguments")
+
+    with pytest.raises(redis.ResponseError, match="wrong number"):
+        patiently(ask)
+    assert clock.slept == []
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("redis://here:6379", "redis://here:6379"),
+        ("rediss://user:pa/ss#@here:6379/0?x=1#y", "rediss://here:6379/0"),
+        ("unix:///tmp/socket", "unix:///tmp/socket"),
+        ("redis://user:password@", "its address"),
+        ("nonsense", "its address"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(url, words):
+    assert shown(url) == words
+
+
+def test_commands_wait_for_the_next_that_needs_an_answer(store):
+    store.later("SET", "a", 1)
+    store.later("SET", "b", 2)
+    assert store.client.get("a") is None
+    assert store.now("GET", "b") == b"2" and store.waiting == []
+    assert store.ask(("GET", "a"), ("GET", "b"), ("GET", "c")) == [b"1", b"2", None]
+    with pytest.raises(redis.ResponseError):
+        store.ask(("SET", "a", 3), ("INCR", "a", "b", "c"))
+    assert store.now("GET", "a") == b"1"  # none of them was done
+    store.flush()
+    store.later("SET", "a", 4)
+    store.flush()
+    assert store.client.get("a") == b"4"
+    store.client.script_flush()  # as a server that was started again
+    assert store.open(neuron()).status == "open"
+    store.connection.disconnect()
+    assert store.now("GET", "a") == b"4"
+
+
+def test_arrays_are_laid_out_for_a_processor():
+    for shapes in (((1,),), ((3, 4), (3, 1)), ((2, 2),) * 9, ((), (0, 5))):
+        arrays = [np.arange(float(np.prod(shape))).reshape(shape) for shape in shapes]
+        value = encode(*arrays)
+        head = value.index(b"\n") + 1
+        assert head % 64 == 0 and len(value) == head + sum(array.nbytes for array in arrays)
+        for before, after in zip(arrays, decode(value), strict=True):
+            assert after.shape == before.shape and (after == before).all()
+    assert len({tag("demo"), tag("demo", 0), tag("demo", MASTER), tag("demo", BEST)}) == 4
