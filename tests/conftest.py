@@ -38,7 +38,7 @@ import h5py
 import hypothesis
 import msgspec
 
-from snn.cloud.bucket import Upload
+from snn.cloud.messages import Upload
 from snn.data import h5 as data
 from snn.handlers.upload import run_id
 from snn.local.cloud import LocalCloud

@@ -5,10 +5,11 @@ import json
 import msgspec
 import pytest
 
+from snn.backends.aws.events import failures, uploads
+from snn.backends.aws.ledger import create_tables
+from snn.backends.local.services import Services
 from snn.cli.train import news
-from snn.cloud.bucket import Upload, uploads
-from snn.cloud.ledger import create_tables
-from snn.cloud.services import Services
+from snn.cloud.messages import Upload
 from snn.data import h5 as data
 from snn.deploy import runs
 from snn.deploy.inputs import Account
@@ -333,5 +334,5 @@ def test_an_event_that_is_cut_short_or_strange_tells_of_nothing():
         {"Type": "Notification", "Message": '"text"'},
         {"source": "aws.s3", "detail-type": "Object Deleted", "detail": {}},
     ):
-        assert uploads(event) == [] and launch.failures(event) == []
+        assert uploads(event) == [] and failures(event) == []
     assert len(uploads(by_s3(Upload("b", "k", "e")))) == 1

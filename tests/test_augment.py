@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from snn.cloud.bucket import Upload
+from snn.cloud.messages import Upload
 from snn.data import h5 as data
 from snn.data import models
 from snn.handlers import checkpoint

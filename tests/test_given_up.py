@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
+from snn.backends.local.services import Services
 from snn.cloud.messages import Message, Plan
 from snn.cloud.runs import Status
-from snn.cloud.services import Services
 from snn.handlers.ending import give_up
 from snn.local.server import parameter_server
 from snn.maths.parameters import from_dict

@@ -19,7 +19,7 @@ import pytest
 from nbconvert import HTMLExporter
 from starlette.testclient import TestClient
 
-from snn.cloud.services import Services
+from snn.backends.local.services import Services
 from snn.data import h5 as data
 from snn.live.host import stage_on
 from snn.live.page import create, let_go

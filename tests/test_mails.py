@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from snn.backends.aws.events import uploads
 from snn.cli.console import PlainConsole, TrainingProgress
-from snn.cloud.bucket import Upload, uploads
-from snn.cloud.bus import Envelope
+from snn.cloud.messages import Envelope, Upload
 from snn.cloud.runs import Status
 from snn.handlers.upload import run_id
 from snn.local.cloud import LocalCloud

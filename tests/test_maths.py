@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as some
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from snn.cloud.store import decode, encode
+from snn.cloud.arrays import decode, encode
 from snn.maths import network, sampling
 from snn.maths.activations import ACTIVATIONS, sigmoid
 from snn.maths.augment import masked

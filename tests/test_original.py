@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from snn.cli.main import command as command_of
-from snn.cloud.bucket import Upload
+from snn.cloud.messages import Upload
 from snn.data import h5 as data
 from snn.data import models
 from snn.data.photographs import square

@@ -19,10 +19,10 @@ import pytest
 from nbconvert import HTMLExporter
 from PIL import Image
 
-from snn.cloud.bucket import Bucket, Upload
-from snn.cloud.messages import Message
-from snn.cloud.services import Services
-from snn.cloud.store import decode
+from snn.backends.aws.bucket import Bucket
+from snn.backends.local.services import Services
+from snn.cloud.arrays import decode
+from snn.cloud.messages import Message, Upload
 from snn.data import h5 as data
 from snn.errors import InputError
 from snn.handlers.protocol import handle, invocations_per_epoch

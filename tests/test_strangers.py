@@ -891,7 +891,7 @@ def test_a_class_name_that_is_not_utf_8_is_escaped_and_stays_another(
 def test_train_upload_estimate_and_launch_refuse_a_run_in_the_same_words(
     changes, words, snn, tmp_path, monkeypatch
 ):
-    from snn.cloud.bucket import Upload
+    from snn.cloud.messages import Upload
     from snn.deploy import runs
     from snn.handlers import upload
 

@@ -82,6 +82,7 @@ def test_the_version_is_the_same_everywhere():
 @pytest.mark.parametrize("handler", ["launch", "trainer", "neuron"])
 def test_a_handler_imports_nothing_that_a_lambda_does_not_need(handler):
     heavy = ["nbdev", "fastcore", "IPython", "matplotlib", "h5py", "PIL", "typer", "rich"]
+    heavy += ["boto3", "botocore", "redis", "snn.backends"]  # loaded for those that need them
     program = f"import sys, snn.handlers.{handler}; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
@@ -94,27 +95,30 @@ BELOW = {  # what each room may import, itself apart; rooms that are not named h
     "data": {"errors", "maths"},
     "cloud": {"errors", "maths"},
     "handlers": {"errors", "maths", "data", "cloud"},
-    "replay": {"errors", "maths", "data", "cloud", "handlers"},
+    "backends": {"errors", "maths", "cloud"},
+    "replay": {"errors", "maths", "data", "cloud", "backends", "handlers"},
     "live": {"errors", "maths", "data", "cloud", "handlers", "replay"},
     "viz": {"errors", "maths"},
     "serve": {"errors", "maths", "data"},
-    "deploy": {"errors", "maths", "data", "cloud", "handlers"},
+    "deploy": {"errors", "maths", "data", "cloud", "backends", "handlers"},
     "local": {
         "errors",
         "maths",
         "data",
         "cloud",
+        "backends",
         "handlers",
         "replay",
         "deploy",
     },  # runs what deploy has packed
-    "lab": {"errors", "maths", "data", "cloud", "handlers", "local"},
+    "lab": {"errors", "maths", "data", "cloud", "backends", "handlers", "local"},
     "estimate": {
         "errors",
         "maths",
         "data",
         "viz",
         "cloud",
+        "backends",
         "handlers",
         "local",
     },  # is calibrated on local runs
@@ -151,9 +155,45 @@ def test_the_rooms_are_listed_in_the_order_of_their_imports():
     listed = re.findall(r"^nbs/(\w+) ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     rooms = {path.parent.name for path in (ROOT / "snn").glob("*/__init__.py")}
     assert sorted(listed) == sorted(rooms)
-    for path in (ROOT / "snn").glob("*/*.py"):
-        allowed = ["errors", *listed[: listed.index(path.parent.name) + 1]]
+    for path in (ROOT / "snn").glob("*/**/*.py"):
+        room = path.relative_to(ROOT / "snn").parts[0]
+        allowed = ["errors", *listed[: listed.index(room) + 1]]
         assert imported(path) <= set(allowed), path
+
+
+VENDORS = {"boto3", "botocore", "redis", "hiredis", "aws_lambda_powertools"}
+
+
+def packages(path: Path) -> set[str]:
+    "The packages of others that a module imports, at its top or in a function."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").split(".")[0])
+    return found - {"snn"}
+
+
+@pytest.mark.parametrize("room", ["maths", "data", "cloud", "handlers"])
+def test_a_run_names_no_vendor_and_no_backend(room):
+    "What it needs of its surroundings it asks of the interfaces in `cloud`."
+    for path in (ROOT / "snn" / room).glob("*.py"):
+        assert not packages(path) & VENDORS and "backends" not in imported(path), path
+
+
+def test_a_vendor_would_be_found():
+    found = set().union(*map(packages, (ROOT / "snn" / "backends").rglob("*.py")))
+    assert found >= {"boto3", "botocore", "redis", "aws_lambda_powertools"}
+
+
+def test_no_backend_imports_one_that_is_not_shared():
+    "A new one is a folder of its own. Valkey serves several; one machine stands in for AWS."
+    shared = {"aws": {"valkey"}, "local": {"valkey", "aws"}, "memory": set(), "valkey": set()}
+    for path in (ROOT / "snn" / "backends").rglob("*.py"):
+        mine = path.parent.name
+        others = {name.split(".")[2] for name in modules_of(path) if name.count(".") > 2}
+        assert path.name == "__init__.py" or others <= {mine, *shared[mine]}, path
 
 
 def modules_of(path: Path) -> set[str]:

@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from snn.cloud.arrays import decode
 from snn.cloud.messages import ALL, epoch_messages
-from snn.cloud.store import decode
 from snn.data import h5 as data
 from snn.handlers.protocol import (
     after_epoch,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from boto3.s3.transfer import TransferConfig
 
-from snn.cloud.bucket import Upload
-from snn.cloud.bus import DEAD, QUEUE, taken_by
+from snn.backends.valkey.queue import DEAD, QUEUE, taken_by
+from snn.cloud.messages import Upload
 from snn.data import h5 as data
 from snn.handlers.upload import run_id
 

@@ -97,7 +97,7 @@ class Show:
 
     def begin(self, cloud, run: str) -> None:
         "The run has begun: open the page."
-        from snn.cloud.services import Services
+        from snn.backends.local.services import Services
         from snn.live.host import hosted, stage_on
         from snn.live.watching import Onlooker
 

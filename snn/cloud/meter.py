@@ -13,11 +13,11 @@ from math import ceil
 import msgspec
 from msgspec import Struct, field
 
-from .ledger import Count
+from .interfaces import Count
 from .messages import Plan
 from .prices import Book
-from .residents import seat_counts
 from .runs import Status
+from .seats import seat_counts
 
 # %% ../../nbs/cloud/09_meter.ipynb #ea09d3ba
 FUNCTIONS = {

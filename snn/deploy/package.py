@@ -30,8 +30,13 @@ from ..errors import InputError
 
 # %% ../../nbs/deploy/02_package.ipynb #e0138aa9
 HANDLERS = {
-    "training": ["snn.handlers.protocol"],
-    "launch": ["snn.handlers.launch", "snn.deploy.gate", "snn.deploy.sleep"],
+    "training": ["snn.handlers.protocol", "snn.backends.aws.services"],
+    "launch": [
+        "snn.handlers.launch",
+        "snn.backends.aws.services",
+        "snn.deploy.gate",
+        "snn.deploy.sleep",
+    ],
 }
 LIMITS = {"training": 16 * 10**6, "launch": 25 * 10**6}  # bytes
 
@@ -103,6 +108,8 @@ LEFT = [
             "random/_examples",
         )
     ),
+    "numpy/ma/*.rst",
+    *(f"redis/{part}*" for part in ("multidb/", "http/", "asyncio/multidb/", "asyncio/http/")),
     "numpy/_core/_simd.*",
     "numpy/_core/*_tests.*",
     "aws_lambda_powertools/event_handler/*",

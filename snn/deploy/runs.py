@@ -19,8 +19,8 @@ from typing import NamedTuple
 import msgspec
 from botocore.exceptions import ClientError
 
-from ..cloud.bucket import Bucket, Upload
-from ..cloud.messages import LAMBDA, Resumption, check_run
+from ..backends.aws.bucket import Bucket
+from ..cloud.messages import LAMBDA, Resumption, Upload, check_run
 from ..data import h5 as datasets
 from ..data.apart import try_apart
 from .inputs import Account, describe, parameters_of

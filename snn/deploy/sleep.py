@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from ..cloud.bucket import uploads
-from ..cloud.services import process_services
+from ..backends.aws.events import uploads
+from ..backends.aws.services import Services
 from ..errors import InputError
 
 # %% ../../nbs/deploy/12_sleep.ipynb #17a30323
@@ -133,7 +133,8 @@ def fall_asleep(
     after: float,  # minutes without anything
 ) -> bool:  # whether the stack is put to sleep
     "Put the stack to sleep if nothing has happened for long enough."
-    client, stack = process_services().client, os.environ["SNN_STACK"]
+    services, stack = Services(), os.environ["SNN_STACK"]
+    client = services.client
     formation, bucket = client("cloudformation"), os.environ["SNN_BUCKET"]
     status, asleep = state_of(formation, stack)
     if asleep or status.endswith("IN_PROGRESS"):
@@ -143,7 +144,7 @@ def fall_asleep(
     if idle < timedelta(minutes=after) or under_way(client("lambda"), stack):
         return False
     update(formation, stack, asleep=True)
-    process_services().topic.tell(
+    services.topic.tell(
         f"{stack} falls asleep",
         f"Nothing has happened for {idle.total_seconds() / 3600:.1f} hours. The next upload wakes it.",
     )
@@ -162,8 +163,8 @@ def lambda_handler(
         return fall_asleep(float(os.environ["SNN_SLEEP_AFTER"]))
     if not any(upload.key.lower().endswith(DATA) for upload in uploads(event)):
         return
-    client, stack = process_services().client, os.environ["SNN_STACK"]
-    topic = process_services().topic
+    services, stack = Services(), os.environ["SNN_STACK"]
+    client, topic = services.client, services.topic
     left = lambda: context.get_remaining_time_in_millis() / 1000
     try:
         waited = wake(client("cloudformation"), stack, left)

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from ..cloud.bucket import Bucket
+from ..backends.aws.bucket import Bucket
 from ..cloud.prices import nearest
 from ..data import h5 as data
 from ..data import models

@@ -14,7 +14,7 @@ from ..cloud.ledger import FUNCTIONS
 from ..cloud.messages import LAMBDA, Plan, epoch_messages, weight_bytes
 from ..cloud.meter import bill
 from ..cloud.prices import Book, with_memory
-from ..cloud.residents import seat_counts
+from ..cloud.seats import seat_counts
 from .designs import MOST, enough_residents, with_residents
 from .estimate import at_granularity, paid_for, run_seconds
 from .simulation import Outcome, enough_epochs, on_aws, simulate

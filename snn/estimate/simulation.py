@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from ..cloud.arrays import MASTER
 from ..cloud.ledger import FUNCTIONS
 from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.prices import Book
-from ..cloud.residents import seat_counts
-from ..cloud.store import MASTER
+from ..cloud.seats import seat_counts
 from ..errors import InputError
 from .trace import Exchange, Trace, images_in, recorded
 from ..handlers.protocol import invocations_per_epoch, step_of

@@ -13,12 +13,12 @@ from io import BytesIO
 import msgspec
 import numpy as np
 
-from ..cloud.bucket import Bucket
+from ..cloud.arrays import BEST, MASTER, decode, encode
+from ..cloud.interfaces import Bucket
 from ..cloud.messages import Message, Plan, Resumption, blocks, epoch_messages
 from ..cloud.meter import uploaded_at
 from ..cloud.runs import Status
 from ..cloud.services import Services
-from ..cloud.store import BEST, MASTER, decode, encode
 from .invocation import network_at
 from ..maths.network import Layer, rows
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..cloud.bucket import Bucket
+from ..cloud.arrays import BEST, MASTER, decode, encode
+from ..cloud.interfaces import Bucket
 from ..cloud.messages import Message, Plan
 from ..cloud.meter import Reading, reading, uploaded_at
 from ..cloud.prices import nearest
 from ..cloud.runs import Status
 from ..cloud.services import Services
-from ..cloud.store import BEST, MASTER, decode, encode
 from ..cloud.telemetry import note
 from ..data import models
 from . import checkpoint

@@ -21,10 +21,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from ..cloud.bucket import Bucket
+from ..cloud.arrays import decode, encode, key
+from ..cloud.interfaces import Bucket, Incomplete
 from ..cloud.messages import ALL, Message, Plan, blocks
 from ..cloud.services import Services
-from ..cloud.store import Incomplete, decode, encode, key
 from ..cloud.telemetry import note
 from ..maths.augment import batch_inputs, dropout_mask, masked
 from ..maths.network import Layer, initialise_layer, rows
@@ -292,7 +292,7 @@ def weights(
     "Weights at the beginning of the epoch."
     if unknown := unknown_weights(call, wanted):
         names, store = weight_names(unknown), call.services.store
-        values = store.now("HMGET", source_key(call.message), *names)
+        values = store.get(source_key(call.message), *names)
         keep_weights(call, unknown, values)
     return [call.memory.weights[block] for block in wanted]
 

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from ..cloud.arrays import encode
 from ..cloud.deadline import with_deadline
 from ..cloud.messages import Direction, Message, Plan, block_count, blocks, epoch_messages
 from ..cloud.services import Services, process_services
-from ..cloud.store import encode
 from ..cloud.telemetry import logged, on_lambda
 from . import check, neuron, trainer
 from .ending import end_early
@@ -298,10 +298,8 @@ def handle(
 # %% ../../nbs/handlers/00_protocol.ipynb #7ca1da0c
 ASKED: dict[str, Callable[[Services, dict], dict | None]] = {
     "check": lambda services, event: check.reach(services),
-    "arrive": lambda services, event: check.arrive(services, event["place"]),
-    "measure": lambda services, event: check.measure(
-        services, services.environment["SNN_FUNCTIONS"].split(",")[2]
-    ),
+    "arrive": lambda services, event: services.answer(event),
+    "measure": lambda services, event: services.answer(event),
 }  # what functions are asked besides their work
 
 

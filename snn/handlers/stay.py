@@ -11,13 +11,11 @@ from collections.abc import Callable
 from uuid import uuid4
 
 import msgspec
-import redis
 
-from ..cloud.bus import Envelope
 from ..cloud.deadline import OutOfTime
-from ..cloud.residents import Seat
+from ..cloud.messages import Envelope
+from ..cloud.seats import Seat
 from ..cloud.services import Services, process_services
-from ..cloud.store import Refusing
 from .ending import give_up
 
 # %% ../../nbs/handlers/08_stay.ipynb #d2d39529
@@ -33,7 +31,7 @@ def attempt(
     "Do what a message asks for; if that fails, put it back, or after three tries end the run that it belongs to."
     try:
         work(msgspec.json.decode(envelope.event))
-    except (redis.ConnectionError, Refusing, OutOfTime):
+    except (*services.store.failures, OutOfTime):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..cloud.bucket import NoFile, Replaced, Upload
 from ..cloud.deadline import OutOfTime
-from ..cloud.messages import Message, Plan, check_run, memory_here
+from ..cloud.interfaces import NoFile, Replaced
+from ..cloud.messages import Message, Plan, Upload, check_run, memory_here
 from ..cloud.services import Services
 from ..cloud.telemetry import note
 from ..data import h5 as data
@@ -191,14 +191,13 @@ def answer(
     run: str = "",
 ) -> None:
     "Say what became of an upload. That an answer can't be delivered ends nothing."
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    bucket = services.bucket(upload.bucket)
     note(words)
     services.runs.answer(upload, words)
     content = msgspec.json.encode(Answer(upload.address, upload.etag, run, words))
     try:
-        services.bucket(upload.bucket).put(f"{ANSWERS}{upload.key}.json", content)
-    except (BotoCoreError, ClientError) as error:
+        bucket.put(f"{ANSWERS}{upload.key}.json", content)
+    except bucket.failures as error:
         note(f"the answer to {upload.address} was not left in its bucket: {error}")
     services.topic.tell(subject, words)
 

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from ..cloud.bucket import Topic, Upload
-from ..cloud.bus import Bus
-from ..cloud.messages import Message
-from ..cloud.services import Services
-from ..cloud.store import Incomplete
+from ..backends.aws.bucket import Topic
+from ..backends.local.services import Services
+from ..cloud.interfaces import Bus, Incomplete
+from ..cloud.messages import Message, Upload
 from ..data import h5 as data
 from ..data import models
 from ..errors import InputError
@@ -88,6 +87,7 @@ class LabBucket(dict):
     "Files in memory."
 
     __hash__ = object.__hash__
+    failures = ()
 
     def get(self, key):
         if key not in self:

@@ -23,10 +23,11 @@ import msgspec
 import numpy as np
 import redis
 
-from ..cloud import bus, store
-from ..cloud.bucket import Upload
+from ..backends.local.services import Services
+from ..backends.valkey import store
+from ..cloud import arrays, messages
+from ..cloud.messages import Upload
 from ..cloud.runs import Runs
-from ..cloud.services import Services
 from ..data import h5 as data
 from ..handlers import invocation, upload
 from .bench import GRANULARITIES, in_turns, invocations
@@ -93,7 +94,7 @@ FUNCTIONS = {
         sampling.mini_batches,
         invocation.finite,
     ],
-    "serialisation": [store.encode, store.decode, bus.encoded_envelope],
+    "serialisation": [arrays.encode, arrays.decode, messages.encoded_envelope],
 }
 METHODS = {
     "mathematics": [(np, "vstack")],

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import redis
 
+from ..cloud.arrays import decode
+from ..cloud.interfaces import Incomplete
 from ..cloud.messages import Plan, blocks
 from ..cloud.runs import Status
 from ..cloud.services import Services
-from ..cloud.store import Incomplete, decode
 from .film import Film
 from ..maths.augment import prepare
 from ..maths.network import Layer, initialise, train_epoch

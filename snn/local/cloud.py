@@ -17,11 +17,13 @@ import redis
 from botocore.exceptions import BotoCoreError, ClientError
 from msgspec import Raw
 
-from ..cloud.bucket import Bucket, Upload
-from ..cloud.bus import DEAD, QUEUE, Envelope, meant_for, taken_by
-from ..cloud.ledger import create_tables
-from ..cloud.services import Services
-from ..cloud.store import PATIENCE, Refusing, connect
+from ..backends.aws.bucket import Bucket
+from ..backends.aws.ledger import create_tables
+from ..backends.local.services import Services
+from ..backends.valkey.queue import DEAD, QUEUE, meant_for, taken_by
+from ..backends.valkey.store import PATIENCE, connect
+from ..cloud.interfaces import Refusing
+from ..cloud.messages import Envelope, Upload
 from .server import answers, listens_at, parameter_server, start_aws
 from .worker import DONE, LEAVE, Workers
 from ..maths.parameters import Parameters

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ..cloud.bucket import Bucket
+from ..backends.aws.bucket import Bucket
 from ..cloud.messages import Plan
 from ..data import h5, models
 from ..errors import InputError

@@ -22,8 +22,9 @@ from uuid import uuid4
 
 from msgspec import Raw
 
-from ..cloud.bus import Envelope
-from ..cloud.services import Services, surroundings
+from ..backends.aws.account import surroundings
+from ..backends.local.services import Services
+from ..cloud.messages import Envelope
 from ..deploy.package import HANDLERS, build, unzip
 from ..deploy.wheels import Target, find_python, here
 from ..errors import InputError

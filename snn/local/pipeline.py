@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ..cloud.bucket import Bucket, Upload
+from ..backends.aws.bucket import Bucket
+from ..cloud.messages import Upload
 from ..data import h5 as data
 from ..errors import InputError
 from ..handlers.upload import run_id

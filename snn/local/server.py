@@ -20,8 +20,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 from uuid import uuid4
 
-from ..cloud.services import NO_ACCOUNT, aws_client, surroundings
-from ..cloud.store import connect, shown
+from ..backends.aws.account import NO_ACCOUNT, aws_client, surroundings
+from ..backends.valkey.store import connect, shown
 from ..errors import InputError
 
 # %% ../../nbs/local/01_server.ipynb #cc0e83cd
@@ -154,8 +154,8 @@ def examine(
     "Raise an `InputError` unless a run can be trusted to a parameter server of somebody else's."
     import redis
 
-    from snn.cloud.bus import Queue
-    from snn.cloud.store import Store
+    from snn.backends.valkey.queue import Queue
+    from snn.backends.valkey.store import Store
 
     where, client = (
         f"the parameter server at {shown(server.url)}",

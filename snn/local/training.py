@@ -21,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 import redis
 
-from ..cloud.bucket import Bucket
+from ..backends.aws.bucket import Bucket
 from ..cloud.messages import Plan, check_run, memory_here
 from ..cloud.runs import Status
 from ..cloud.services import Services

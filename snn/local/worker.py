@@ -20,9 +20,12 @@ from uuid import uuid4
 
 import redis
 
-from ..cloud.bus import Envelope
-from ..cloud.services import Services, process_services, surroundings
-from ..cloud.store import Refusing, Store
+from ..backends.aws.account import surroundings
+from ..backends.local.services import Services
+from ..backends.valkey.store import Store
+from ..cloud.interfaces import Refusing
+from ..cloud.messages import Envelope
+from ..cloud.services import process_services
 from ..handlers.stay import attempt
 from ..handlers.watch import watch
 from .server import KEEP_MEMORY, answers

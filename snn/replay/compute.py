@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..cloud.arrays import MASTER
 from ..cloud.messages import Message, Plan, epoch_messages
-from ..cloud.store import MASTER
 from ..data.h5 import Datasets
 from ..errors import InputError
 from ..handlers.checkpoint import unpack

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError
 
-from ..cloud.bucket import Bucket
+from ..backends.aws.bucket import Bucket
 from ..cloud.messages import Plan, Resumption
 from ..data.h5 import Datasets
 from ..errors import InputError

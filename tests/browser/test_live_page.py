@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if not CHROMIUM:
     pytest.skip("Chromium is not installed: apt-get install chromium", allow_module_level=True)
 
-from snn.cloud.services import Services
+from snn.backends.local.services import Services
 from snn.data import h5 as data
 from snn.live.host import hosted, stage_on
 from snn.live.watching import Onlooker

@@ -4,9 +4,9 @@ import json
 import subprocess
 import sys
 
+from snn.backends.valkey.store import Store, connect
 from snn.cloud.messages import Plan
 from snn.cloud.runs import Runs
-from snn.cloud.store import Store, connect
 from snn.deploy.package import runtime_folder, unzip
 from snn.local.lambda_runtime import Function, Runtime, addresses
 from snn.local.server import local_aws, parameter_server

@@ -10,12 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from templates import all_templates, allowed, statements
 
-from snn.cloud import services as adapters
-from snn.cloud.bucket import Upload
-from snn.cloud.ledger import create_tables
-from snn.cloud.messages import Message
-from snn.cloud.residents import Seat
-from snn.cloud.services import Services
+from snn.backends.aws import services as adapters
+from snn.backends.aws.ledger import create_tables
+from snn.backends.aws.services import Services
+from snn.cloud.messages import Message, Upload
+from snn.cloud.seats import Seat
 from snn.data import h5 as data
 from snn.handlers import checkpoint, invocation, protocol, watch
 from snn.handlers.upload import handle_upload, run_id

@@ -9,9 +9,9 @@ import pytest
 from templates import all_templates, allowed, render, statements
 from test_templates import GIVEN
 
-from snn.cloud.bucket import uploads
+from snn.backends.aws.events import uploads
+from snn.backends.local.services import Services
 from snn.cloud.prices import load
-from snn.cloud.services import Services
 from snn.deploy import sleep
 from snn.deploy.inputs import Account, describe
 from snn.deploy.stack import infra_folder
@@ -186,7 +186,7 @@ def handle(monkeypatch):
     monkeypatch.setattr(sleep, "EVERY", 0)
 
     def call(cloud, event=EVENT):
-        monkeypatch.setattr(sleep, "process_services", lambda: cloud)
+        monkeypatch.setattr(sleep, "Services", lambda: cloud)
         sleep.lambda_handler(event, context)
         return cloud
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from snn.cloud.bucket import Bucket
+from snn.backends.aws.bucket import Bucket
 from snn.data import models
 from snn.deploy import runs
 from snn.deploy.doctor import doctor

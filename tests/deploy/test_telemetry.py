@@ -13,12 +13,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from templates import all_templates, dashboard_metrics, render
 
-from snn.cloud.bucket import Bucket, Upload
-from snn.cloud.ledger import create_tables
-from snn.cloud.messages import Message
-from snn.cloud.services import Services
-from snn.cloud.store import tag
-from snn.cloud.telemetry import NAMESPACE
+from snn.backends.aws.bucket import Bucket
+from snn.backends.aws.ledger import create_tables
+from snn.backends.aws.logs import NAMESPACE
+from snn.backends.local.services import Services
+from snn.cloud.arrays import tag
+from snn.cloud.messages import Message, Upload
 from snn.deploy.package import HANDLERS, unzip
 from snn.handlers.upload import run_id
 from snn.local.lambda_runtime import Function, Runtime, announced

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from snn.cloud.bucket import Upload
-from snn.cloud.messages import Message
+from snn.backends.local.services import Services
+from snn.backends.valkey.store import Store
+from snn.cloud.arrays import encode
+from snn.cloud.messages import Message, Upload
 from snn.cloud.meter import reading
 from snn.cloud.prices import load
-from snn.cloud.services import Services
-from snn.cloud.store import Store, encode
 from snn.data import h5 as data
 from snn.estimate.estimate import planned
 from snn.estimate.work import run_work

@@ -2,9 +2,9 @@
 
 import pytest
 
-from snn.cloud.ledger import DynamoLedger, create_tables
+from snn.backends.aws.ledger import DynamoLedger, create_tables
+from snn.backends.valkey.store import Store, connect
 from snn.cloud.messages import Message
-from snn.cloud.store import Store, connect
 from snn.deploy.inputs import Account
 from snn.deploy.runs import newest_cost, newest_spent
 from snn.local.server import local_aws, parameter_server

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import redis
 
-from snn.cloud.store import connect
+from snn.backends.valkey.store import connect
 from snn.handlers.upload import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud

@@ -6,8 +6,8 @@ import re
 import pytest
 import typer
 
+from snn.backends.valkey.store import shown
 from snn.cli.main import app
-from snn.cloud.store import shown
 from snn.local.server import Server
 
 ADDRESSES = [

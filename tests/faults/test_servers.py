@@ -14,11 +14,11 @@ import msgspec
 import pytest
 import redis
 
-from snn.cloud import store as store_room
-from snn.cloud.bucket import Upload
-from snn.cloud.messages import Message
-from snn.cloud.services import Services
-from snn.cloud.store import connect, key
+from snn.backends.local.services import Services
+from snn.backends.valkey import store as store_room
+from snn.backends.valkey.store import connect
+from snn.cloud.arrays import key
+from snn.cloud.messages import Message, Upload
 from snn.handlers.upload import run_id
 from snn.local import training
 from snn.local.cloud import LocalCloud

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from snn.backends.aws.ledger import create_tables
 from snn.cloud import telemetry
-from snn.cloud.ledger import create_tables
 from snn.deploy import runs
 from snn.deploy.inputs import Account
 from snn.local.cloud import LocalCloud

@@ -43,7 +43,12 @@ HANDLED = (GUARDS, SCHEDULES, "tests/test_training.py")
 SERVER = (*HANDLED, "tests/faults/test_servers.py")
 ROOMS = {
     "scripts": Room(
-        ("snn/cloud/store.py", "snn/cloud/residents.py", "snn/cloud/bus.py"), HANDLED
+        (
+            "snn/backends/valkey/store.py",
+            "snn/backends/valkey/residents.py",
+            "snn/backends/valkey/queue.py",
+        ),
+        HANDLED,
     ),
     "protocol": Room(("snn/handlers/protocol.py", "snn/cloud/runs.py"), HANDLED),
     "handlers": Room(
@@ -56,9 +61,13 @@ ROOMS = {
         ),
         HANDLED,
     ),
-    "store": Room(("snn/cloud/store.py",), SERVER),
+    "store": Room(("snn/backends/valkey/store.py",), SERVER),
     "queue": Room(
-        ("snn/cloud/bus.py", "snn/cloud/residents.py", "snn/handlers/stay.py"),
+        (
+            "snn/backends/valkey/queue.py",
+            "snn/backends/valkey/residents.py",
+            "snn/handlers/stay.py",
+        ),
         (*HANDLED, "tests/faults/test_accidents.py", "tests/deploy/test_residents.py"),
     ),
     "limits": Room(

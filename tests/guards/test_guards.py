@@ -9,11 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from snn.cloud.bucket import Upload
-from snn.cloud.bus import Queue
-from snn.cloud.messages import Message, epoch_messages
+from snn.backends.valkey.queue import Queue
+from snn.backends.valkey.store import LARGE
+from snn.cloud.messages import Message, Upload, epoch_messages
 from snn.cloud.runs import Runs, Status
-from snn.cloud.store import LARGE
 from snn.data import h5 as data
 from snn.data import models
 from snn.handlers import checkpoint, epoch, watch

@@ -5,30 +5,24 @@ import numpy as np
 import pytest
 import redis
 
-from snn.cloud import store as store_module
-from snn.cloud.bus import KEEP, MOST, QUEUE, Queue, encoded_envelope, meant_for, taken_by
-from snn.cloud.messages import Message, Plan
-from snn.cloud.residents import LEASE, Residents, Seat, queue_key
-from snn.cloud.runs import Runs, Status
-from snn.cloud.store import (
-    BEST,
+from snn.backends.valkey.queue import KEEP, MOST, QUEUE, Queue, meant_for, taken_by
+from snn.backends.valkey.residents import LEASE, Residents, queue_key
+from snn.backends.valkey.store import (
     LARGE,
-    MASTER,
-    Incomplete,
-    Joined,
-    Opened,
     Packer,
-    Refusing,
     Store,
     connect,
-    decode,
-    encode,
     in_namespace,
     keys_in,
     patiently,
     shown,
-    tag,
 )
+from snn.cloud import store as store_module
+from snn.cloud.arrays import BEST, MASTER, decode, encode, tag
+from snn.cloud.interfaces import Incomplete, Joined, Opened, Refusing
+from snn.cloud.messages import Message, Plan, encoded_envelope
+from snn.cloud.runs import Runs, Status
+from snn.cloud.seats import Seat
 from snn.local.server import parameter_server
 from snn.maths.parameters import from_dict
 
