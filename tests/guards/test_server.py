@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import redis
 
+from snn.backends.valkey import store as store_module
 from snn.backends.valkey.queue import KEEP, MOST, QUEUE, Queue, meant_for, taken_by
 from snn.backends.valkey.residents import LEASE, Residents, queue_key
 from snn.backends.valkey.store import (
@@ -17,7 +18,6 @@ from snn.backends.valkey.store import (
     patiently,
     shown,
 )
-from snn.cloud import store as store_module
 from snn.cloud.arrays import BEST, MASTER, decode, encode, tag
 from snn.cloud.interfaces import Incomplete, Joined, Opened, Refusing
 from snn.cloud.messages import Message, Plan, encoded_envelope
