@@ -73,7 +73,7 @@ def _entries(content: bytes) -> tuple[str, int, dict[int, tuple[int, int, bytes]
 def _number(content: bytes, tag: int) -> int:
     "A whole number of a TIFF's directory; 0 if it isn't there."
     order, _, entries = _entries(content)
-    kind, _, value = entries.get(tag, (0, 0, b"")) if order else (0, 0, b"")
+    kind, *_, value = entries.get(tag, (0, b"")) if order else (0, b"")
     return struct.unpack_from(order + NUMBERS[kind], value)[0] if kind in NUMBERS else 0
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import redis
 
+from snn.backends.aws.invoke import LambdaBus
 from snn.backends.valkey import store as store_module
 from snn.backends.valkey.queue import KEEP, MOST, QUEUE, Queue, meant_for, taken_by
 from snn.backends.valkey.residents import LEASE, Residents, queue_key
@@ -20,7 +21,7 @@ from snn.backends.valkey.store import (
 )
 from snn.cloud.arrays import BEST, MASTER, decode, encode, tag
 from snn.cloud.interfaces import Incomplete, Joined, Opened, Refusing
-from snn.cloud.messages import Message, Plan, encoded_envelope
+from snn.cloud.messages import Envelope, Message, Plan, encoded_envelope
 from snn.cloud.runs import Runs, Status
 from snn.cloud.seats import Seat
 from snn.local.server import parameter_server
@@ -529,3 +530,120 @@ def test_arrays_are_laid_out_for_a_processor():
         for before, after in zip(arrays, decode(value), strict=True):
             assert after.shape == before.shape and (after == before).all()
     assert len({tag("demo"), tag("demo", 0), tag("demo", MASTER), tag("demo", BEST)}) == 4
+
+
+# How a message leaves
+
+
+class Recorder:
+    "Stands in for Lambda, and keeps what it was asked."
+
+    def __init__(self):
+        self.asked = []
+
+    def invoke(self, FunctionName, InvocationType, Payload):
+        self.asked.append((FunctionName, InvocationType, msgspec.json.decode(Payload)))
+
+
+@pytest.fixture
+def lambda_bus(store, residents):
+    names = {
+        name: f"cats-{name}" for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda")
+    }
+    return LambdaBus(Recorder(), names, store, residents)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 20])
+def test_lambda_is_asked_once_for_each_message(lambda_bus, count, store):
+    messages = [neuron(first=n) for n in range(count)]
+    apart = [msgspec.structs.replace(message, run="apart") for message in messages]
+    store.later("SET", "a", 1)
+    lambda_bus.send(apart)
+    asked = sorted(event.get("first", 0) for _, _, event in lambda_bus.client.asked)
+    assert asked == list(range(count))
+    assert {call[:2] for call in lambda_bus.client.asked} <= {("cats-NeuronLambda", "Event")}
+    assert bool(store.client.get("a")) == bool(count)  # what waits goes first
+    lambda_bus.send(messages)  # of a run whose functions stay
+    assert len(lambda_bus.client.asked) == count
+    assert store.client.llen(queue_key("demo", "NeuronLambda")) == count
+
+
+def test_functions_are_called_to_the_seats_that_are_vacant(lambda_bus, residents):
+    lambda_bus.ready(msgspec.structs.replace(residents.plan, run="apart"))
+    assert lambda_bus.client.asked == []
+    residents.sit(SEAT, "Ada")
+    lambda_bus.ready(residents.plan)
+    called = sorted(
+        (event["function"], event["number"]) for _, _, event in lambda_bus.client.asked
+    )
+    everybody = [("LaunchLambda", 0), ("NeuronLambda", 0), ("NeuronLambda", 1)]
+    everybody += [("TrainerLambda", 0), ("TrainerLambda", 1)]
+    assert called == [one for one in everybody if one != ("NeuronLambda", 1)]
+
+
+def test_what_waits_leaves_before_lambda_may_freeze_the_process(lambda_bus, store):
+    with lambda_bus.staying():
+        store.later("SET", "a", 1)
+        lambda_bus.settle()
+        assert store.waiting and not store.client.exists("a")
+    lambda_bus.settle()
+    assert store.client.get("a") == b"1" and not store.waiting
+    with pytest.raises(KeyError), lambda_bus.staying():
+        raise KeyError
+    store.later("SET", "a", 2)
+    lambda_bus.settle()
+    assert store.client.get("a") == b"2"
+
+
+def test_a_barrier_sends_what_follows_when_it_is_complete(lambda_bus):
+    following = msgspec.structs.replace(trainer(), run="apart")
+    ends = [msgspec.structs.replace(neuron(first=n), run="apart") for n in range(2)]
+    for number, end in enumerate(ends):
+        lambda_bus.join(end, 2, following, 0.1, {"a": b"1"})
+        assert len(lambda_bus.client.asked) == number
+    lambda_bus.finish(following, ends, 0.1, {"A": b"1"})
+    assert len(lambda_bus.client.asked) == 3
+    assert lambda_bus.store.read("apart", 0, 0, ["a", "A"]) == [b"1", b"1"]
+
+
+def test_one_message_stays_with_the_worker_that_made_it_due(store):
+    queue = Queue(store)
+    ids = lambda envelopes: [
+        msgspec.json.decode(one.event, type=Message).first for one in envelopes
+    ]
+    queue.send([neuron(first=1)])  # nobody takes here: a launch, say
+    assert ids(queue.take("one", wait=0)) == [1] and queue.workers == 1
+    queue.send([neuron(first=2)])
+    queue.join(neuron(first=3), 1, neuron(first=4), 0.1)
+    queue.finish(neuron(first=5), [neuron(first=6)], 0.1)
+    assert [ids(queue.take("one", wait=0)) for _ in range(3)] == [[2], [4], [6]]
+    store.flush()
+    assert store.client.llen(taken_by("one")) == 4 and store.client.llen(QUEUE) == 0
+    queue.send([neuron(first=7), neuron(first=8)])
+    queue.join(neuron(first=9), 3, neuron(first=10), 0.1)
+    queue.join(neuron(first=11), 3, neuron(first=10), 0.1)
+    queue.send([])
+    store.flush()
+    assert store.client.llen(QUEUE) == 2 and store.client.llen(meant_for("one")) == 1
+    assert ids(queue.take("one", wait=0)) == [10] and ids(queue.take("two", wait=0)) == [7, 8]
+    queue.put(Envelope("NeuronLambda", msgspec.Raw(b"{}"), attempt=2))
+    assert queue.take("two", wait=5)[0].attempt == 2
+    assert (
+        queue.take("two", wait=0.01) == [] and Envelope("a", msgspec.Raw(b"{}")).attempt == 1
+    )
+
+
+def test_what_is_put_aside_is_kept_with_its_reason(store):
+    queue = Queue(store)
+    store.client.rpush(QUEUE, b"no message")
+    assert queue.take("one", wait=0) == []
+    queue.bury(Envelope("NeuronLambda", msgspec.Raw(b'{"run":"demo"}'), 3), "it failed")
+    store.flush()
+    first, second = queue.dead()
+    assert (first["event"], first["function"]) == ("no message", "")
+    assert first["reason"].startswith("no message of ours")
+    assert second == {
+        "function": "NeuronLambda",
+        "event": {"run": "demo"},
+        "reason": "it failed",
+    }
