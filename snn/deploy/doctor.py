@@ -58,12 +58,23 @@ def endpoints(account: Account, found: list[Resource]) -> str:
 
 def cache(account: Account, found: list[Resource]) -> str:
     "Whether the parameter server is up."
+    client = account.client("elasticache")
+    for r in found:
+        if r.kind == "AWS::ElastiCache::ServerlessCache":
+            (cache,) = client.describe_serverless_caches(ServerlessCacheName=r.physical)[
+                "ServerlessCaches"
+            ]
+            if cache["Status"] != "available":
+                raise InputError(
+                    f"{r.physical} is {cache['Status']}; wait until it is available"
+                )
+            return f"{r.physical} is available"
     name = [r.physical for r in found if r.kind == "AWS::ElastiCache::ReplicationGroup"]
     if not name:
         raise InputError("there is none; bin/deploy makes it")
-    (group,) = account.client("elasticache").describe_replication_groups(
-        ReplicationGroupId=name[0]
-    )["ReplicationGroups"]
+    (group,) = client.describe_replication_groups(ReplicationGroupId=name[0])[
+        "ReplicationGroups"
+    ]
     if group["Status"] != "available":
         raise InputError(f"{name[0]} is {group['Status']}; wait until it is available")
     return f"{name[0]} is available"

@@ -266,7 +266,7 @@ def zones(
             {"Name": "zone-type", "Values": ["availability-zone"]},
         ]
     )["AvailabilityZones"]
-    machine = node.removeprefix("cache.")
+    machine = "t4g.small" if node == "serverless" else node.removeprefix("cache.")
     offered = ec2.describe_instance_type_offerings(
         LocationType="availability-zone",
         Filters=[{"Name": "instance-type", "Values": [machine]}],

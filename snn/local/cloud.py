@@ -86,8 +86,8 @@ class LocalCloud:
         self.server = parameter_server()
         self._opened.append(self.server)
         self.namespace = (
-            "" if self.server.watchman else f"snn-{uuid4().hex[:12]}:"
-        )  # another cloud may be on the same server
+            "" if self.server.watchman else f"{{snn-{uuid4().hex[:12]}}}:"
+        )  # another cloud may be on the same server; a hash tag, so in cluster mode all keys are in one slot
         self.environment = {
             **self.aws.environment(),
             "SNN_REDIS_URL": self.server.url,

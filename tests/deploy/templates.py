@@ -71,9 +71,11 @@ def render(value, given: dict[str, str], conditions: dict[str, bool]):
     if "Fn::GetAtt" in value:
         return "{}:{}".format(value["Fn::GetAtt"][1].lower(), value["Fn::GetAtt"][0])
     if "Fn::Sub" in value:
-        return re.sub(
-            r"\$\{([\w:.]+)\}", lambda m: str(again({"Ref": m[1]})), value["Fn::Sub"]
-        )
+        text, own = value["Fn::Sub"], {}
+        if isinstance(text, list):
+            text, own = text[0], again(text[1])
+        word = lambda m: str(own[m[1]] if m[1] in own else again({"Ref": m[1]}))
+        return re.sub(r"\$\{([\w:.]+)\}", word, text)
     if "Fn::If" in value:
         return again(value["Fn::If"][1 if conditions[value["Fn::If"][0]] else 2])
     return {key: again(item) for key, item in value.items()}

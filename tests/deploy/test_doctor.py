@@ -106,6 +106,19 @@ SICK = [
     ),
     (
         lambda: look(
+            "cache",
+            lambda: doctors.cache(
+                Answers(
+                    describe_serverless_caches={"ServerlessCaches": [{"Status": "creating"}]}
+                ),
+                [Resource("AWS::ElastiCache::ServerlessCache", "snn-1a2b3c4d")],
+            ),
+        ),
+        FAILED,
+        "snn-1a2b3c4d is creating; wait until it is available",
+    ),
+    (
+        lambda: look(
             "uploads",
             lambda: doctors.notification(
                 Answers(get_bucket_notification_configuration={}), "Cats", "cats"

@@ -48,13 +48,16 @@ def goes(template):
     return {
         name: resource["Type"]
         for name, resource in TEMPLATES[f"{template}.yaml"]["Resources"].items()
-        if resource.get("Condition") in ("Awake", "AwakeOnAws")
+        if resource.get("Condition") in ("Awake", "AwakeOnAws", "AwakeNode", "AwakeServerless")
     }
 
 
 def test_what_costs_by_the_hour_goes_and_nothing_with_data_does():
     assert goes("network").keys() == {"LambdaEndpoint", "TopicEndpoint", "SecretEndpoint"}
-    assert goes("parameter_server") == {"Server": "AWS::ElastiCache::ReplicationGroup"}
+    assert goes("parameter_server") == {
+        "Server": "AWS::ElastiCache::ReplicationGroup",
+        "ServerlessServer": "AWS::ElastiCache::ServerlessCache",
+    }
     assert set(goes("observability").values()) == {
         "AWS::CloudWatch::Alarm",
         "AWS::CloudWatch::Dashboard",
@@ -69,6 +72,7 @@ def test_what_costs_by_the_hour_goes_and_nothing_with_data_does():
     assert (
         not {
             ("AWS::ElastiCache::ReplicationGroup", None),
+            ("AWS::ElastiCache::ServerlessCache", None),
             ("AWS::EC2::VPCEndpoint", "Interface"),
             ("AWS::CloudWatch::Alarm", None),
             ("AWS::CloudWatch::Dashboard", None),
@@ -83,6 +87,7 @@ def test_what_costs_by_the_hour_goes_and_nothing_with_data_does():
 MADE, CHANGED = ("create", "read", "delete"), ("update", "read")
 WAKES = {
     "AWS::ElastiCache::ReplicationGroup": MADE,
+    "AWS::ElastiCache::ServerlessCache": MADE,
     "AWS::EC2::VPCEndpoint": MADE,
     "AWS::CloudWatch::Alarm": MADE,
     "AWS::CloudWatch::Dashboard": MADE,
@@ -228,10 +233,8 @@ def test_launchlambda_leaves_alone_what_comes_while_the_stack_sleeps(monkeypatch
     )
     assert "snn wake" in launch.lambda_handler(EVENT, None)["refused"]
     servers = TEMPLATES["parameter_server.yaml"]["Outputs"]["Url"]["Value"]
-    assert render(servers, {}, {"Awake": False}) == launch.ASLEEP
-
-
-NOW = datetime.now(UTC)
+    asleep = {"AwakeNode": False, "AwakeServerless": False}
+    assert render(servers, {}, asleep) == launch.ASLEEP
 
 
 class Idle(Cloud):
@@ -239,7 +242,8 @@ class Idle(Cloud):
 
     def __init__(self, changed=600, written=600, running=(), says=None, **more):
         super().__init__(asleep=False, **more)
-        self.changed, self.written = (NOW - timedelta(minutes=m) for m in (changed, written))
+        ago = lambda minutes: datetime.now(UTC) - timedelta(minutes=minutes)
+        self.changed, self.written = ago(changed), ago(written)
         self.says = {"running": list(running)} if says is None else says
 
     def describe_stacks(self, StackName):
@@ -277,7 +281,7 @@ def test_a_stack_in_which_nothing_happens_falls_asleep(look):
 
 @pytest.mark.parametrize(
     "busy",
-    [{"changed": 119}, {"written": 119}, {"running": ["cats-1"]}],
+    [{"changed": 60}, {"written": 60}, {"running": ["cats-1"]}],
     ids=lambda busy: next(iter(busy)),
 )
 def test_one_in_which_something_happened_stays_awake(busy, look):

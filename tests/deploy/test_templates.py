@@ -307,6 +307,11 @@ CHANGES = [
     ("functions.yaml", {"Email"}, {"Topic"}),
     ("observability.yaml", {"DailySpend"}, {"SpendAlarm"}),
     ("parameter_server.yaml", {"NodeType"}, {"Server"}),
+    (
+        "functions.yaml",
+        {"FunctionMemory"},
+        {"LaunchFunction", "TrainerFunction", "NeuronFunction"},
+    ),
 ]
 
 
@@ -467,12 +472,14 @@ def test_a_second_failed_event_is_mailed_too():
 def test_training_stays_in_one_zone():
     "Between zones each gigabyte is paid for on both sides, and an endpoint costs in each."
     network, main = TEMPLATES["network.yaml"]["Resources"], TEMPLATES["main.yaml"]["Resources"]
-    assert [name for name, r in network.items() if r["Type"] == "AWS::EC2::Subnet"] == [
-        "Subnet"
-    ]
-    for name in ("ParameterServer", "Functions"):
+    subnets = {n: r for n, r in network.items() if r["Type"] == "AWS::EC2::Subnet"}
+    assert subnets.keys() == {"Subnet", "SecondSubnet"}
+    assert subnets["SecondSubnet"]["Condition"] == "Serverless"  # which spreads by itself
+    cache = TEMPLATES["network.yaml"]["Outputs"]["CacheSubnets"]["Value"]
+    assert render(cache, {}, {"Serverless": False}) == "Subnet"
+    for name, output in (("ParameterServer", "CacheSubnets"), ("Functions", "Subnet")):
         assert main[name]["Properties"]["Parameters"]["Subnets"] == {
-            "Fn::GetAtt": ["Network", "Outputs.Subnet"]
+            "Fn::GetAtt": ["Network", f"Outputs.{output}"]
         }
     for given, right in (("", {"Fn::GetAZs": ""}), ("here-1c", "here-1c")):
         zone = network["Subnet"]["Properties"]["AvailabilityZone"]
