@@ -20,7 +20,7 @@ from msgspec import Raw
 from ..backends.aws.bucket import Bucket
 from ..backends.aws.ledger import create_tables
 from ..backends.local.services import Services
-from ..backends.valkey.queue import DEAD, QUEUE, meant_for, taken_by
+from ..backends.valkey.queue import DEAD, IDLE, QUEUE, meant_for, taken_by
 from ..backends.valkey.store import PATIENCE, connect
 from ..cloud.interfaces import Refusing
 from ..cloud.messages import Envelope, Upload
@@ -197,6 +197,7 @@ class LocalCloud:
         lasting = [
             QUEUE,
             DEAD,
+            IDLE,
             *hands,
             "snn:alive",
             "snn:runs",

@@ -191,6 +191,7 @@ def examine(
             )
         queue = Queue(Store(client))
         queue.take("nobody", wait=0.001)
+        queue.recover("nobody")
         for command in REHEARSED:
             client.execute_command(*command)
     except redis.exceptions.NoPermissionError as error:

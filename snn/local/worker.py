@@ -87,6 +87,7 @@ class Pace:
     def hold(self) -> None:
         "From now on, messages wait."
         Path(self.path).touch()
+        self.looked = 0.0
 
     def release(self) -> None:
         "Messages wait no longer."

@@ -7,7 +7,16 @@ import redis
 
 from snn.backends.aws.invoke import LambdaBus
 from snn.backends.valkey import store as store_module
-from snn.backends.valkey.queue import KEEP, MOST, QUEUE, Queue, meant_for, taken_by
+from snn.backends.valkey.queue import (
+    IDLE,
+    KEEP,
+    MOST,
+    QUEUE,
+    WORTH,
+    Queue,
+    meant_for,
+    taken_by,
+)
 from snn.backends.valkey.residents import LEASE, Residents, queue_key
 from snn.backends.valkey.store import (
     LARGE,
@@ -606,6 +615,85 @@ def test_a_barrier_sends_what_follows_when_it_is_complete(lambda_bus):
     assert lambda_bus.store.read("apart", 0, 0, ["a", "A"]) == [b"1", b"1"]
 
 
+def fan_out(queue, epoch, seconds, batch=0, members=5):
+    "A trainer asks a layer, all of whose neurons join from here; returns what the trainer left where."
+    queue.take("one", wait=0)
+    layer = [neuron(epoch, batch, first) for first in range(members)]
+    queue.finish(trainer(epoch, batch), layer, 0.1)
+    queue.store.flush()
+    lists = (taken_by("one"), meant_for("one"), QUEUE)
+    found = [queue.client.llen(name) for name in lists]
+    while queue.take("one", wait=0):
+        pass
+    for one in layer:
+        queue.join(one, members, trainer(epoch, batch), seconds)
+    queue.take("one", wait=0)
+    return found
+
+
+def test_a_layer_is_kept_if_it_takes_no_time_and_else_shared_with_who_is_idle(store):
+    queue = Queue(store, workers=2)
+    assert fan_out(queue, 0, WORTH) == [0, 5, 0]  # nobody knows how long it takes
+    assert fan_out(queue, 1, WORTH / 10) == [0, 5, 0]  # too long to be kept in hand
+    assert fan_out(queue, 2, WORTH) == [5, 0, 0]  # half a millisecond
+    assert Queue(Store(store.client)).take("two", wait=0.001) == []
+    assert store.client.hkeys(IDLE) == [b"two"]
+    assert fan_out(queue, 3, WORTH / 10) == [0, 0, 5]
+    assert queue.recover("two") == 0 and not store.client.exists(IDLE)
+    assert fan_out(queue, 4, WORTH) == [5, 0, 0]
+    queue.take("one", wait=0)
+    first = Message("LaunchLambda", "next", "demo", 4)
+    queue.finish(first, [trainer(5, batch) for batch in range(3)], 0.1)
+    queue.store.flush()
+    assert queue.client.llen(QUEUE) == 3  # an epoch's mini-batches are for all
+
+
+def test_who_wakes_is_not_idle(store):
+    queue = Queue(store)
+    assert queue.take("one", wait=0.001) == []
+    store.flush()
+    assert not store.client.exists(IDLE)
+
+
+def test_what_others_wait_for_leaves_before_a_worker_goes_on(store):
+    queue = Queue(store, workers=2)
+    queue.take("one", wait=0)
+    queue.join(neuron(first=1), 5, trainer(), 0.1)  # four are elsewhere
+    queue.send([neuron(batch=1)])
+    joined = lambda: store.client.hget("{demo/0}:0", "joined:NeuronLambda/forward/2")
+    assert joined() is None and len(queue.take("one", wait=0)) == 1 and joined() == b"1"
+
+
+def test_neurons_of_a_layer_join_with_one_command_and_are_counted_one_by_one(store):
+    queue = Queue(store)
+    for first in (0, 1, 1, 2):
+        store.open_later(neuron(first=first))
+        large = {f"w2/{first}": bytes(LARGE + 1)} if first else {}
+        due = b"trainer", meant_for("one")
+        store.join_later(
+            neuron(first=first),
+            3,
+            trainer(),
+            0.5,
+            large | {f"a2/{first}": b"%d" % first},
+            *due,
+        )
+    assert [one[0] for one in store.waiting].count("EVALSHA") == 1
+    store.join_later(neuron(batch=1), 3, trainer(batch=1), 0.5, {}, *due)
+    assert [one[0] for one in store.waiting].count("EVALSHA") == 2
+    assert queue.client.llen(meant_for("one")) == 0
+    store.flush()
+    assert queue.client.lrange(meant_for("one"), 0, -1) == [b"trainer"]
+    found = store.client.hgetall("{demo/0}:0")
+    assert found[b"joined:NeuronLambda/forward/2"] == b"3" and found[b"a2/2"] == b"2"
+    assert found[b"attempts:NeuronLambda/forward/2/1"] == b"2"
+    assert len(found[b"w2/2"]) == LARGE + 1
+    counted = store.client.hgetall("{demo/0}")
+    expected = {"attempts": 4, "finished": 3, "duplicates": 1, "microseconds": 1_500_000}
+    for name, count in expected.items():
+        assert int(counted[f"NeuronLambda:{name}".encode()]) == count, name
+
+
 def test_one_message_stays_with_the_worker_that_made_it_due(store):
     queue = Queue(store)
     ids = lambda envelopes: [
@@ -616,7 +704,7 @@ def test_one_message_stays_with_the_worker_that_made_it_due(store):
     queue.send([neuron(first=2)])
     queue.join(neuron(first=3), 1, neuron(first=4), 0.1)
     queue.finish(neuron(first=5), [neuron(first=6)], 0.1)
-    assert [ids(queue.take("one", wait=0)) for _ in range(3)] == [[2], [4], [6]]
+    assert ids(queue.take("one", wait=0)) == [2, 4, 6]
     store.flush()
     assert store.client.llen(taken_by("one")) == 4 and store.client.llen(QUEUE) == 0
     queue.send([neuron(first=7), neuron(first=8)])

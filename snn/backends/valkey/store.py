@@ -75,13 +75,28 @@ elseif uncounted then redis.call('HINCRBY', KEYS[2], role .. ':duplicates', 1) e
 
 # %% ../../../nbs/backends/valkey/01_store.ipynb #fa8d610a
 JOIN = (
-    COUNTED
+    FENCE
     + """
-local group, expected, following, envelope, joined = ARGV[8], tonumber(ARGV[9]), ARGV[10], ARGV[11], nil
-if first then
-  if #ARGV > 11 then redis.call('HSET', KEYS[1], unpack(ARGV, 12)) end
-  joined = redis.call('HINCRBY', KEYS[1], 'joined:' .. group, 1)
-else joined = tonumber(redis.call('HGET', KEYS[1], 'joined:' .. group) or 0) end
+local group, expected, following, envelope, at = ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], 9
+local counts, fresh = {attempts = 0, duplicates = 0, finished = 0, microseconds = 0}, 0
+while at <= #ARGV do
+  local member, uncounted, counted, values = ARGV[at], ARGV[at + 1] == '1', ARGV[at + 3], tonumber(ARGV[at + 4])
+  if uncounted then
+    counts.attempts = counts.attempts + 1
+    redis.call('HINCRBY', KEYS[1], 'attempts:' .. member, 1)
+  end
+  if redis.call('HSETNX', KEYS[1], 'finished:' .. member, ARGV[at + 2]) == 1 then
+    fresh, counts.finished = fresh + 1, counts.finished + 1
+    counts.microseconds = counts.microseconds + tonumber(ARGV[at + 2])
+    for name, number in string.gmatch(counted, '(%a+)=(%d+)') do counts[name] = (counts[name] or 0) + tonumber(number) end
+    if values > 0 then redis.call('HSET', KEYS[1], unpack(ARGV, at + 5, at + 4 + values)) end
+  elseif uncounted then counts.duplicates = counts.duplicates + 1 end
+  at = at + 5 + values
+end
+for name, number in pairs(counts) do
+  if number > 0 then redis.call('HINCRBY', KEYS[2], role .. ':' .. name, string.format('%.0f', number)) end
+end
+local joined = redis.call('HINCRBY', KEYS[1], 'joined:' .. group, fresh)
 local send = joined >= expected and redis.call('HEXISTS', KEYS[1], 'attempts:' .. following) == 0
 if send and KEYS[4] then redis.call('RPUSH', KEYS[4], envelope) end
 return {'open', joined, send and 1 or 0}
@@ -102,7 +117,11 @@ FINISH = (
     + """
 local envelopes = tonumber(ARGV[8])
 if first and #ARGV > 8 + envelopes then redis.call('HSET', KEYS[1], unpack(ARGV, 9 + envelopes)) end
-if first and envelopes > 0 then redis.call('RPUSH', KEYS[4], unpack(ARGV, 9, 8 + envelopes)) end
+if first and envelopes > 0 then
+  local queue = KEYS[4]
+  if KEYS[5] and redis.call('EXISTS', KEYS[6]) == 0 then queue = KEYS[5] end
+  redis.call('RPUSH', queue, unpack(ARGV, 9, 8 + envelopes))
+end
 return {'open'}
 """
 )
@@ -480,34 +499,13 @@ class Store(Records):
         "Begin an invocation that has all it needs: it is counted at its end."
         self.uncounted.add(message.id)
 
-    def _counted(
-        self,
-        script: str,
-        message: Message,
-        batch: int,
-        step: str,
-        role: str,
-        seconds: float,
-        *args,
-        also: tuple = (),
-    ) -> tuple:
-        "The command that ends an invocation, and counts it if that is still to be done."
+    def _counted(self, message: Message, batch: int, seconds: float) -> tuple[int, int, str]:
+        "What is counted as an invocation ends: is its attempt still to be, its microseconds, and what it has counted itself."
         late = batch == message.batch and message.id in self.uncounted
         if late:
             self.uncounted.remove(message.id)
         counted = self.meter.report() if batch == message.batch else ""
-        return self._call(
-            script,
-            message,
-            batch,
-            step,
-            role,
-            int(late),
-            round(seconds * 1e6),
-            counted,
-            *args,
-            also=also,
-        )
+        return int(late), round(seconds * 1e6), counted
 
     def _large(self, message: Message, batch: int, values: dict[str, bytes]) -> list:
         "Send large values ahead of a script, which would copy them twice; the small ones are left to it."
@@ -526,7 +524,7 @@ class Store(Records):
         values: dict[str, bytes],
         envelope: bytes = b"",
         queues: tuple = (),
-    ) -> tuple:
+    ) -> tuple[tuple, tuple]:  # what all members of the barrier say, and what this one does
         step, role = message.step, message.function
         if following.batch != message.batch:
             step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
@@ -534,20 +532,9 @@ class Store(Records):
             f"{role}/{message.direction}/{message.layer}",
             self._large(message, following.batch, values),
         )
-        return self._counted(
-            "join",
-            message,
-            following.batch,
-            step,
-            role,
-            seconds,
-            group,
-            expected,
-            following.step,
-            envelope,
-            *small,
-            also=queues,
-        )
+        said = (group, expected, following.step, envelope)
+        own = (step, *self._counted(message, following.batch, seconds), len(small), *small)
+        return self._call("join", message, following.batch, "", role, *said, also=queues), own
 
     def join(
         self,
@@ -558,7 +545,8 @@ class Store(Records):
         values: dict[str, bytes] = {},
     ) -> Joined:
         "Store the values and join the barrier before `following`: in one request, and nobody is counted before its values are there."
-        status, *rest = self.now(*self._join(message, expected, following, seconds, values))
+        said, own = self._join(message, expected, following, seconds, values)
+        status, *rest = self.now(*said, *own)
         return Joined(rest[0], bool(rest[1])) if rest else Joined(0, False)
 
     def join_later(
@@ -572,9 +560,18 @@ class Store(Records):
         queue: str,
     ) -> None:
         "The same with the next request; whoever completes the barrier leaves `envelope` in a queue on this server."
-        self.later(
-            *self._join(message, expected, following, seconds, values, envelope, (queue,))
-        )
+        where = envelope, (queue,)
+        said, own = self._join(message, expected, following, seconds, values, *where)
+        self.later(*self._with_others(said), *own)
+
+    def _with_others(self, said: tuple) -> tuple:
+        "The command of those that wait to join the same barrier, or of nobody yet. Values may be stored before it."
+        for i in reversed(range(len(self.waiting))):
+            if self.waiting[i][: len(said)] == said:
+                return self.waiting.pop(i)
+            if self.waiting[i][0] not in ("HSET", "EXPIRE"):
+                break
+        return said
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
         "Store values with the message's mini-batch, before the next request."
@@ -591,22 +588,22 @@ class Store(Records):
         seconds: float,
         values: dict[str, bytes] = {},
         envelopes: Sequence[bytes] = (),
-        queue: str = "",
+        *queues: str,  # one, or two and the key that says whether anybody is idle
     ) -> None:
         "Record, with the next request, that an invocation has done all it had to; values are stored and envelopes left in a queue on this server at the same moment."
         small = self._large(message, message.batch, values)
         self.later(
-            *self._counted(
+            *self._call(
                 "finish",
                 message,
                 message.batch,
                 message.step,
                 message.function,
-                seconds,
+                *self._counted(message, message.batch, seconds),
                 len(envelopes),
                 *envelopes,
                 *small,
-                also=(queue,) if envelopes else (),
+                also=queues if envelopes else (),
             )
         )
 
