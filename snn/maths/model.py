@@ -47,7 +47,8 @@ class Model(NamedTuple):
             raise InputError(
                 f"the model takes images of {self.size}x{self.size}x3, but these are {'x'.join(map(str, images.shape[1:]))}"
             )
-        return activations(self.parameters, self.layers, self.inputs(images))[-1][0]
+        *_, (found,) = activations(self.parameters, self.layers, self.inputs(images))
+        return found
 
 # %% ../../nbs/maths/05_model.ipynb #8a296b4e
 def wilson_interval(
