@@ -1,5 +1,7 @@
 """What the scripts on the parameter server leave there, field by field, and how long it stays."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import msgspec
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from snn.backends.valkey.store import (
     shown,
 )
 from snn.cloud.arrays import BEST, MASTER, decode, encode, tag
-from snn.cloud.interfaces import Incomplete, Joined, Opened, Refusing
+from snn.cloud.interfaces import Count, Incomplete, Joined, Opened, Refusing
 from snn.cloud.messages import Envelope, Message, Plan, encoded_envelope
 from snn.cloud.runs import Runs, Status
 from snn.cloud.seats import Seat
@@ -314,7 +316,7 @@ def residents(store):
             "",
             "",
         )
-        for name, n in (("demo", 2), ("apart", 0))
+        for name, n in (("demo", 2), ("apart", 0), ("single", 1))
     ]
     runs = Runs(store)
     for plan in plans:
@@ -329,7 +331,7 @@ NAME, HAND = "{demo}:seat:NeuronLambda/1", "{demo}:hand:NeuronLambda/1"
 
 
 def test_a_seat_is_held_for_a_lease_which_taking_renews(residents, store):
-    assert "demo" in residents and "apart" not in residents
+    assert "demo" in residents and "single" in residents and "apart" not in residents
     residents.sit(SEAT, "Ada")
     assert store.client.get(NAME) == b"Ada" and 0 < store.client.ttl(NAME) <= LEASE == 30
     store.client.expire(NAME, 5)
@@ -349,7 +351,7 @@ def test_what_somebody_had_in_hand_goes_back_in_its_order(residents, store, leav
     residents.send([neuron(first=n) for n in range(4)])
     where, hand = queue_key("demo", "NeuronLambda"), HAND
     assert KEEP - 60 < store.client.ttl(where) <= KEEP
-    taken = residents.take(SEAT, "Ada", wait=0)
+    taken = residents.take(SEAT, "Ada", wait=60)  # does not wait where something is
     assert [msgspec.json.decode(one.event, type=Message).first for one in taken] == [0, 1]
     assert store.client.llen(hand) == 2 and KEEP - 60 < store.client.ttl(hand) <= KEEP
     residents.sit(SEAT, "Ada")  # once more, and alive
@@ -380,12 +382,12 @@ def test_what_a_server_knows_of_a_run_goes_after_a_week(store, residents):
     runs.miss("a mail of demo", "no topic")
     store.flush()
     assert runs.costs("demo") == [0.5] and runs.counted("demo", "mended") == 1
-    assert runs.counted("demo", "lost") == 0
+    assert runs.counted("demo", "lost") == 0 and Count() == (0,) * 8
     for key in ("{demo}:run", "{demo}:costs", "snn:refused", "snn:missed"):
         assert WEEK - 60 < store.client.ttl(key) <= WEEK, key
-    assert runs.names() == ["demo", "apart"]
+    assert runs.names() == ["demo", "apart", "single"]
     runs.begin(plan)  # told twice
-    assert runs.names() == ["demo", "apart"] and runs.newest("demo") == "demo"
+    assert runs.names() == ["demo", "apart", "single"] and runs.newest("demo") == "demo"
     assert runs.is_first("this", 3600) and not runs.is_first("this", 3600)
     assert 3_540_000 < store.client.pttl("snn:first:this") <= 3_600_000
     assert runs.note_progress("demo", 7) == 0.0 and 0 <= runs.note_progress("demo", 7) < 60
@@ -718,6 +720,28 @@ def test_one_message_stays_with_the_worker_that_made_it_due(store):
     assert queue.take("two", wait=5)[0].attempt == 2
     assert (
         queue.take("two", wait=0.01) == [] and Envelope("a", msgspec.Raw(b"{}")).attempt == 1
+    )
+
+
+@pytest.mark.parametrize("who", ["worker", "seat"])
+def test_who_waits_gets_the_first_message_that_comes(store, residents, server, until, who):
+    queue, other = Queue(store), connect(server.url)
+    where = QUEUE if who == "worker" else queue_key("demo", "NeuronLambda")
+    residents.sit(SEAT, "Ada")
+    take = {
+        "worker": lambda seconds: queue.take("one", wait=seconds),
+        "seat": lambda seconds: residents.take(SEAT, "Ada", wait=seconds),
+    }[who]
+    assert take(0.01) == []
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(take, 60)
+        until(lambda: other.info("clients")["blocked_clients"] == 1, "somebody waits")
+        other.rpush(where, *(encoded_envelope(neuron(first=n)) for n in range(2)))
+        (taken,) = waiting.result()
+    assert msgspec.json.decode(taken.event, type=Message).first == 0
+    assert (
+        other.llen(where) == 1
+        and other.llen(taken_by("one") if who == "worker" else HAND) == 1
     )
 
 
