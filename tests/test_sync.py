@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import json
 import re
 import shutil
 import subprocess
@@ -311,3 +312,40 @@ def test_a_wrong_type_would_be_found(tmp_path):
     (tmp_path / "wrong.py").write_text(wrong)
     done = checked("--project", ROOT, tmp_path / "wrong.py")
     assert done.returncode == 1 and "invalid-argument-type" in done.stdout
+
+
+# Chapters
+
+DEFINES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+
+
+def code_cells(chapter: Path) -> list[tuple[bool, str]]:
+    "Whether a cell is exported, and its code, in their order."
+    cells = json.loads(chapter.read_text())["cells"]
+    found = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [(text.startswith("#| export"), text) for text in found]
+
+
+def parsed(text: str) -> list[ast.AST]:
+    "All of a cell's code; nothing of a cell with magics."
+    try:
+        return list(ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return []
+
+
+def test_chapters_show_what_they_define():
+    "Cells that define something: how many are followed by a demonstration within two cells, and assertions for each."
+    defining = shown = assertions = 0
+    for chapter in (ROOT / "nbs").rglob("[0-9]*.ipynb"):
+        cells = code_cells(chapter)
+        for number, (exported, text) in enumerate(cells):
+            found = parsed(text)
+            if not exported:
+                assertions += sum(isinstance(node, ast.Assert) for node in found)
+            elif any(isinstance(node, DEFINES) for node in found):
+                defining += 1
+                following = cells[number + 1 : number + 3]
+                shown += any(not exported for exported, _ in following)
+    assert shown / defining >= 0.75, f"{shown} of {defining}"
+    assert assertions / defining >= 1.5, f"{assertions} in {defining}"

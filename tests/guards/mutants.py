@@ -66,6 +66,8 @@ ROOMS = {
         (
             "snn/backends/valkey/queue.py",
             "snn/backends/valkey/residents.py",
+            "snn/backends/aws/invoke.py",
+            "snn/cloud/seats.py",
             "snn/handlers/stay.py",
         ),
         (*HANDLED, "tests/faults/test_accidents.py", "tests/deploy/test_residents.py"),
