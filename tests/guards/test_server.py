@@ -35,6 +35,7 @@ from snn.cloud.interfaces import Count, Incomplete, Joined, Opened, Refusing
 from snn.cloud.messages import Envelope, Message, Plan, encoded_envelope
 from snn.cloud.runs import Runs, Status
 from snn.cloud.seats import Seat
+from snn.errors import InputError
 from snn.local.server import parameter_server
 from snn.maths.parameters import from_dict
 
@@ -511,6 +512,23 @@ def test_what_is_no_refusal_is_raised_at_once(clock):
 )
 def test_an_address_is_shown_without_its_password(url, words):
     assert shown(url) == words
+
+
+@pytest.mark.parametrize(
+    "given, of_the_environment, used",
+    [(None, None, None), ("a", None, "a"), (None, "b", "b"), ("a", "b", "a")],
+)
+def test_a_password_that_is_given_goes_before_the_environments(
+    monkeypatch, given, of_the_environment, used
+):
+    monkeypatch.delenv("SNN_REDIS_PASSWORD", raising=False)
+    monkeypatch.setenv("SNN_REDIS_USER", "Ada")
+    if of_the_environment:
+        monkeypatch.setenv("SNN_REDIS_PASSWORD", of_the_environment)
+    asked = connect("redis://here:6379", given).connection_pool.connection_kwargs
+    assert (asked["username"], asked.get("password"), asked["protocol"]) == ("Ada", used, 3)
+    with pytest.raises(InputError, match="must be redis://HOST:PORT"):
+        connect("http://here")
 
 
 def test_commands_wait_for_the_next_that_needs_an_answer(store):
