@@ -6,11 +6,16 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from snn.cloud.services import services_of
 from snn.data import h5 as data
+from snn.data import models
 from snn.handlers.invocation import forget
+from snn.handlers.protocol import handle
+from snn.handlers.upload import handle_uploads
 from snn.lab.faults import SMALL, Schedule, run_in_lab, small_datasets
 from snn.local.server import parameter_server
 from snn.maths import network, sampling
@@ -73,6 +78,36 @@ def test_the_bytes_of_a_model_are_those_of_before(name, server):
         pytest.skip("plain NumPy itself rounds otherwise on this machine")
     for granularity in GRANULARITIES:
         found = handlers(chosen(name, granularity=granularity), content, server.url)
+        assert found == written[granularity], granularity
+
+
+def in_memory(parameters, content: bytes) -> str:
+    "What a run leaves in params.h5 on a backend that is two chapters, without any server."
+    forget()
+    services = services_of({"SNN_BACKEND": "memory"})
+    bucket = services.bucket("cats")
+    bucket.put("training_input/datasets.h5", content)
+    bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
+    _, etag = bucket.read("training_input/datasets.h5")
+    event = {"upload": {"bucket": "cats", "key": "training_input/datasets.h5", "etag": etag}}
+    assert handle_uploads(services.uploads(event), services) == []
+    services.bus.deliver(lambda message: handle(message, services))
+    (run,) = services.runs.names()
+    assert services.runs.status(run).state == "finished"
+    counts = services.ledger.counts(services.runs.plan(run)).values()
+    assert sum(count.finished for count in counts) == sum(count.attempts for count in counts)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "params.h5").write_bytes(bucket.get("prediction_input/params.h5"))
+        return digest(models.read(f"{folder}/params.h5").layers)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_backend_is_a_folder_and_leaves_the_same_bytes(name):
+    written, content = json.loads(WRITTEN.read_text())[name], small_datasets()
+    if plain_numpy(chosen(name), content) != written["plain NumPy"]:
+        pytest.skip("plain NumPy itself rounds otherwise on this machine")
+    for granularity in GRANULARITIES:
+        found = in_memory(chosen(name, granularity=granularity), content)
         assert found == written[granularity], granularity
 
 

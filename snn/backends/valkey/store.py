@@ -21,7 +21,7 @@ from redis.connection import Encoder, HiredisRespSerializer, PythonRespSerialize
 
 from ...cloud.arrays import key, tag
 from ...cloud.counts import Meter
-from ...cloud.interfaces import Incomplete, Joined, Opened, Refusing
+from ...cloud.interfaces import Incomplete, Joined, Opened, Refusing, membership
 from ...cloud.messages import ALL, Message
 from ...errors import InputError
 
@@ -525,13 +525,8 @@ class Store(Records):
         envelope: bytes = b"",
         queues: tuple = (),
     ) -> tuple[tuple, tuple]:  # what all members of the barrier say, and what this one does
-        step, role = message.step, message.function
-        if following.batch != message.batch:
-            step, role = f"{step}/{message.batch}", "mini-batches"  # the epoch's barrier
-        group, small = (
-            f"{role}/{message.direction}/{message.layer}",
-            self._large(message, following.batch, values),
-        )
+        step, role, group = membership(message, following)
+        small = self._large(message, following.batch, values)
         said = (group, expected, following.step, envelope)
         own = (step, *self._counted(message, following.batch, seconds), len(small), *small)
         return self._call("join", message, following.batch, "", role, *said, also=queues), own
