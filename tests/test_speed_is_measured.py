@@ -1,5 +1,6 @@
 """The benchmark measures what it says it does. How fast anything is, is no test's business: machines have other things to do."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from snn.data import h5 as data
-from snn.lab import bench, profile
+from snn.lab import bench, engines, profile
 from snn.local.pipeline import default_notebooks, run_notebook
 from snn.maths import network, sampling
 
@@ -108,6 +109,41 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_note(name, monkeypatch)
     assert any(
         line.startswith(f"{name} is not installed and left out; pip install") for line in said
     )
+
+
+def test_an_engine_that_is_not_known_is_refused_and_one_that_is_not_installed_is_a_note(
+    snn, parameters_file, small_data, monkeypatch
+):
+    given = ("--data", small_data, "--parameters", parameters_file, "--engines", "ray,spark")
+    code, said, told = snn("bench", *given)
+    assert (code, said) == (2, "")
+    assert told.strip() == "--engines has spark; it may have ray, dask, celery"
+    said = []
+    for way in engines.WAYS.values():
+        monkeypatch.setitem(sys.modules, way.module, None)
+    ways = engines.chosen("Celery, ray")
+    assert ways == ["celery", "ray actors", "ray tasks"]
+    assert engines.engines_here(ways, said.append) == {}
+    assert said[0] == "Celery is not installed and left out; pip install celery brings it"
+
+
+@pytest.mark.parametrize("way", engines.WAYS)
+def test_an_engine_gives_the_weights_that_plain_numpy_gives(
+    way, parameters, small_data, tmp_path
+):
+    if importlib.util.find_spec(engines.WAYS[way].module) is None:
+        pytest.skip(f"no engine for {way} to compare with")
+    chosen, found = parameters((5, 3, 1), epochs=2), data.read(small_data)
+    told = msgspec.json.encode(chosen).decode()
+    np.savez(tmp_path / "asked.npz", x=found.train_x, parameters=told)
+    with engines.WAYS[way].start(str(tmp_path / "asked.npz"), 2) as engine:
+        *_, (total, layers) = engines.train_through(
+            engine, chosen, found.train_x, found.train_y
+        )
+    *_, (expected, by_numpy) = network.train(chosen, found.train_x, found.train_y)
+    assert total == pytest.approx(expected)
+    for ours, theirs in zip(layers, by_numpy):
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("plot", ["nowhere/bench.png", "bench.pdf"])

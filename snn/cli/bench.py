@@ -103,21 +103,26 @@ def bench(
     profile: Annotated[
         bool, Option("--profile", help="What the time of an invocation goes into, instead.")
     ] = False,
+    engines: Annotated[
+        str, Option(help="Others to time, too: ray, dask, celery, with commas between them.")
+    ] = "",
     plot: Annotated[Path | None, Option(help="A .png for the times as a picture.")] = None,
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Time an epoch at each granularity, in turns with plain NumPy and, where installed, scikit-learn and PyTorch."
     from snn.lab import bench as benchmark
+    from snn.lab.engines import chosen
     from snn.local import training
 
     _check_plot(plot)
+    ways = chosen(engines)
     if quick:
         epochs, repetitions = 20, 2
     what = read(parameters), data or training.drawn_datasets(), epochs, repetitions
     say = lambda line: err.print(line, markup=False)
     if profile:
         return _show_prices(what, workers, say, json)
-    timings = benchmark.bench(*what, workers=workers, say=say)
+    timings = benchmark.bench(*what, workers=workers, say=say, engines=ways)
     if plot:
         from snn.viz.speed import ratios
 

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'GRANULARITIES', 'NUMPY', 'BY_NEURON', 'Timing', 'in_turns', 'time_run', 'time_sklearn', 'time_torch', 'Peer',
-           'peers_here', 'run_cases', 'invocations', 'references', 'with_faster', 'bench', 'timing', 'random_datasets',
-           'Case', 'wider', 'more_images', 'more_batches', 'Point', 'enough_epochs', 'points', 'grow', 'Line',
-           'straight', 'lines', 'Moment', 'long_run', 'more_workers', 'half_bytes']
+           'peers_here', 'run_cases', 'invocations', 'references', 'with_faster', 'bench', 'engine_cases', 'timing',
+           'random_datasets', 'Case', 'wider', 'more_images', 'more_batches', 'Point', 'enough_epochs', 'points',
+           'grow', 'Line', 'straight', 'lines', 'Moment', 'long_run', 'more_workers', 'half_bytes']
 
 # %% ../../nbs/lab/02_bench.ipynb #a11b3b1e
 import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from ..cloud.messages import Plan
 from ..data import h5 as data
 from ..handlers.protocol import invocations_per_epoch
 from ..handlers.upload import run_id
+from .engines import engines_here, time_engine
 from .reference import time_apart, time_numpy
 from ..local.cloud import LocalCloud
 from ..local.worker import cores
@@ -226,6 +227,7 @@ def bench(
     say: Callable[[str], None] = lambda line: (
         None
     ),  # is told of peers left out, and of each repetition
+    engines: Sequence[str] = (),  # keys of `engines.WAYS`
 ) -> list[Timing]:
     "Time everybody in turns."
     base = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0)
@@ -236,8 +238,23 @@ def bench(
         cases |= {name: runs[name] for name in granularities}
         for name, peer in peers_here(say).items():
             cases[name] = lambda turn, peer=peer: peer.time(base, found)
+        cases |= engine_cases(engines, base, found, workers or cores(), say)
         times = with_faster(in_turns(cases, repetitions, say), say)
     return [timing(name, times, base, len(found.train_x)) for name in times]
+
+
+def engine_cases(
+    engines: Sequence[str],  # keys of `engines.WAYS`
+    parameters: Parameters,
+    found: data.Datasets,
+    workers: int,
+    say: Callable[[str], None],  # is told of those that are not installed
+) -> dict[str, Callable[[int], float]]:  # for `in_turns`
+    "Engines that others would take; they are slower, and get by with a sixth of the epochs."
+    few = msgspec.structs.replace(parameters, epochs=max(5, parameters.epochs // 6))
+    what = few, found.train_x, found.train_y, workers
+    timed = lambda key: lambda turn: time_engine(key, *what)
+    return {name: timed(key) for name, key in engines_here(engines, say).items()}
 
 
 def timing(
