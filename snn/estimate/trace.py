@@ -120,12 +120,22 @@ class Recorder(Store):
             return [b"open", self.fetch(exchange, where, given)]
         if script == "bid":
             return [b"open", int(self.wins)]
-        begin = {"put": 0, "join": 7, "finish": 4}[script]
         if script == "finish":
-            begin += given[3]
+            begin = 4 + given[3]
             self.send(exchange, given[4:begin])
-        self.keep(exchange, where, given[begin:])
+            given = given[begin:]
+        if script == "join":
+            self.keep_each(exchange, where, given[4:])
+        else:
+            self.keep(exchange, where, given)
         return [b"open", 0, 0]
+
+    def keep_each(self, exchange: Exchange, where: str, members: list) -> None:
+        "Store what each member of a barrier brings: five words, of which the last says how many values follow."
+        while members:
+            end = 5 + members[4]
+            self.keep(exchange, where, members[5:end])
+            members = members[end:]
 
     def send(self, exchange: Exchange, envelopes: list[bytes]) -> None:
         "Leave messages in a queue."
