@@ -407,6 +407,7 @@ def test_the_benchmark_tells_itself_in_its_quick_mode(tmp_path, small_data):
     assert set(numbers) == {
         "side by side",
         "where the time goes",
+        "an invocation",
         "width",
         "images",
         "mini-batches",
