@@ -323,6 +323,10 @@ class Bucket(Protocol):
         "Names of all files that begin with `prefix`."
         ...
 
+    def __hash__(self) -> int:
+        "What was read from a bucket is remembered by the bucket."
+        ...
+
 
 class Topic(Protocol):
     "Those who want to hear of a run."

@@ -83,6 +83,11 @@ class Runs:
         (found,) = self.store.all(f"{tag(run)}:costs")
         return [float(found[epoch]) for epoch in sorted(found, key=int)]
 
+    def costs_until(self, run: str, status: Status) -> list[float]:
+        "Cost of each epoch up to a status that may still be on its way."
+        newest = [] if status.cost is None else [status.cost]
+        return [*self.costs(run)[: status.epoch], *newest]
+
     def stop(self, plan: Plan, state: str, reason: str) -> None:
         "End a run now: every mini-batch refuses further work."
         change, now = msgspec.structs.replace, time.time()

@@ -140,7 +140,7 @@ def save_if_due(
         if kept
         else []
     )
-    costs = [*services.runs.costs(plan.run)[: status.epoch], status.cost]
+    costs = services.runs.costs_until(plan.run, status)
     content = pack(
         status, costs, network_at(plan, status.epoch + 1, status.source, services), best
     )

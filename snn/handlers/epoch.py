@@ -293,7 +293,7 @@ def leave_results(
     plan, services = call.plan, call.services
     bucket, folder = services.bucket(plan.bucket), f"training_results/{plan.name}"
     counts = {name: count._asdict() for name, count in services.ledger.counts(plan).items()}
-    costs = [*services.runs.costs(plan.run)[: status.epoch], status.cost]
+    costs = services.runs.costs_until(plan.run, status)
     text = msgspec.json.format(msgspec.json.encode(results(plan, costs)))
     trained = model_file(trained_model(call, status))
     meter = read_meter(call, status, ended=True)

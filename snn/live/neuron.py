@@ -18,7 +18,7 @@ from ..maths.parameters import Parameters
 from ..replay.compute import output_gradient
 
 # %% ../../nbs/live/03_neuron.ipynb #7f3d0a26
-def _rounded(values: np.ndarray) -> list[float]:
+def _rounded(values: np.ndarray) -> list[float | None]:
     "Six digits, as numbers that JSON can hold."
     return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
 
