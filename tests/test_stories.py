@@ -38,7 +38,9 @@ from snn.local.pipeline import (
 )
 from snn.local.server import local_aws, parameter_server
 from snn.local.training import train
-from snn.replay.compute import replay, replay_on
+from snn.maths.augment import prepare
+from snn.maths.network import activations, cost, epoch_batches
+from snn.replay.compute import replay, replay_on, weights_before
 from snn.replay.explain import as_dict, explain
 from snn.replay.record import (
     Record,
@@ -46,6 +48,7 @@ from snn.replay.record import (
     images_in_bucket,
     read_record,
     record_in_bucket,
+    training_part,
 )
 
 STORIES = ["Introduction", "Codebook", "Analysis"]
@@ -766,6 +769,31 @@ def test_replay_takes_the_name_of_a_run(snn, run_folder, small_data, cloud, monk
         and error.startswith("s3://no-such-bucket-of-ours: ")
         and "Traceback" not in error
     )
+
+
+def test_a_counterfactual_is_told_in_a_terminal(snn, run_folder, small_data, small_datasets):
+    where = ("--epoch", 4, "--layer", 1, "--neuron", 2, "--data", small_data, "--image", 62)
+    code, said, errors = snn("replay", run_folder, *where, "--set", "w14=3")
+    assert code == 0, errors
+    assert "Image 62," in said and "Its weights" in said and "(a counterfactual;" in said
+    found = json.loads(snn("replay", run_folder, *where, "--set", "w14=3", "--json")[1])
+    record = read_record(run_folder)
+    X, Y = training_part(record, small_datasets())
+    layers, _ = weights_before(record, X, Y, 4)
+    layers[0][0][2, 14] = 3.0  # as somebody would do by hand
+    parameters = record.plan.parameters
+    X, mean = prepare(parameters, X)
+    batch = list(epoch_batches(parameters, X, Y, 4, mean))[found["event"]["batch"]]
+    A = activations(parameters, layers, batch.X, batch.masks)
+    assert found["what_if"]["answers"][1] == A[-1][0].tolist()
+    assert found["what_if"]["costs"][1] == cost(A[-1], batch.Y) != found["what_if"]["costs"][0]
+    for words, sentence in (
+        (("--set", "w999=0"), "has the weights 0 to 191"),
+        (("--set", "b=1"), "it looks like w14=0"),
+        (("--batch", 99), "batch is 99"),
+    ):
+        code, _, errors = snn("replay", run_folder, *where, *words)
+        assert code == 2 and sentence in " ".join(errors.split())
 
 
 @pytest.mark.parametrize(

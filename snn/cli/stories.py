@@ -9,6 +9,7 @@ __all__ = ['Teller', 'pipeline', 'replay']
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from typer import Argument, Option
 
 from .console import TrainingProgress, duration, err, out, print_json
@@ -124,10 +125,23 @@ def replay(
         str, Argument(help="Name of a run, or its folder, as snn train --out leaves it.")
     ],
     epoch: Annotated[int, Option(help="From 0.")],
-    batch: Annotated[int, Option(help="Mini-batch, from 0.")],
     layer: Annotated[int, Option(help="From 1.")],
     neuron: Annotated[int, Option(help="From 0.")],
+    batch: Annotated[
+        int | None, Option(help="Mini-batch, from 0; without it, that of --image, or 0.")
+    ] = None,
     direction: Annotated[str, Option(help="forward or backward.")] = "forward",
+    image: Annotated[
+        int | None, Option(help="Number of the training image that is worked through.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="CHANGE",
+            help="What if? w14=0 sets a weight of the neuron, silent silences it; may be repeated.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         Option(
@@ -152,7 +166,8 @@ def replay(
     from snn.data.h5 import read
     from snn.local.training import drawn_datasets
     from snn.replay.compute import check, replay_on
-    from snn.replay.explain import as_dict, explain
+    from snn.replay.counterfactual import batch_of, change_of, in_words, what_if
+    from snn.replay.explain import as_dict, explain, picture, shown_image
     from snn.replay.record import (
         find_record,
         images_in_bucket,
@@ -167,13 +182,36 @@ def replay(
         try_apart(part)
     place = open_bucket(bucket, region) if bucket else None
     record = record_in_bucket(place, run) if place else find_record(run, out_folder)
-    check(record, epoch, batch, layer, neuron, direction)
+    check(record, epoch, batch or 0, layer, neuron, direction)
     images = (
         images_in_bucket(record, place)
         if place and not data
         else training_part(record, read(data or drawn_datasets(), test=test))
     )
-    found = replay_on(record, *images, epoch, batch, layer, neuron, direction)
+    if image is not None:
+        held = batch_of(record, len(images[0]), epoch, image)
+        if batch not in (None, held):
+            raise InputError(
+                f"image {image} is in mini-batch {held} of epoch {epoch}, not {batch}"
+            )
+        batch = held
+    found = replay_on(record, *images, epoch, batch or 0, layer, neuron, direction)
+    changes = [change_of(text, layer, neuron, len(found.w)) for text in set_ or []]
+    seen = what_if(record, *images, epoch, batch or 0, changes) if changes else None
     if json:
-        return print_json(as_dict(found))
-    out.print(explain(found), markup=False)
+        more = {"what_if": msgspec.to_builtins(_plain(seen))} if seen else {}
+        return print_json({**as_dict(found), **more})
+    out.print(explain(found, image), markup=False)
+    out.print(
+        "", "Its weights: ·+# speak for an answer, -=≡ against it", sep="\n", markup=False
+    )
+    out.print(*picture(found.w, record.plan.size), sep="\n", markup=False)
+    if seen:
+        chosen = int(found.images[shown_image(found)]) if image is None else image
+        out.print("", in_words(seen, record, chosen), sep="\n", markup=False)
+
+
+def _plain(seen) -> dict:
+    "A counterfactual as values that JSON knows."
+    lists = {name: [a.tolist() for a in getattr(seen, name)] for name in ("z", "a", "answers")}
+    return {"changes": seen.changes, "costs": seen.costs, "flipped": seen.flipped, **lists}
