@@ -11,6 +11,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from fuzzing import VALUES
 from hypothesis import HealthCheck, example, given, seed, settings, strategies
 from matplotlib.cbook import is_math_text
 from matplotlib.text import Text
@@ -24,17 +25,6 @@ from snn.errors import InputError
 from snn.maths import model, network
 from snn.maths.parameters import from_dict, parse
 from snn.viz import answers
-
-VALUES = {
-    "epochs": 2,
-    "layers": 2,
-    "neurons": {"layer1": 3, "layer2": 1},
-    "activations": {"layer1": "relu", "layer2": "sigmoid"},
-    "learning_rate": 0.01,
-    "batch_size": 8,
-    "threshold": 0,
-    "granularity": "layer",
-}
 
 
 def arrays(size: int = 8, train: int = 24, test: int = 8) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ __all__ = ['PARAMETERS', 'DATA', 'WHERE', 'bucket_of', 'project_parameters', 'pa
 # %% ../../nbs/deploy/05_runs.ipynb #8422c836
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -161,29 +161,34 @@ class News(NamedTuple):
     answers: tuple[str, ...] = ()  # to uploads, since the last look
 
 
+def _newest_items(account: Account, stack: str, run: str, most: int) -> Iterator[list[dict]]:
+    "Newest items of the Costs table for a run, and for each time that it was taken up: RUN~1, RUN~2 and so on."
+    query, number = account.client("dynamodb").query, 0
+    while found := query(
+        TableName=f"{stack}-Costs",
+        KeyConditionExpression="#run = :run",
+        ExpressionAttributeNames={"#run": "run"},
+        ExpressionAttributeValues={":run": {"S": Resumption(run, number).run}},
+        Limit=most,
+        ScanIndexForward=False,
+    )["Items"]:
+        yield found
+        number += 1
+
+
 def newest_cost(
     account: Account,
     stack: str,
     run: str,
 ) -> tuple[int, float | None]:  # epochs so far, and the lowest cost of the newest
-    "The newest epoch in the Costs table. A run that was taken up again goes on as RUN~1, RUN~2 and so on."
-    newest, number = (0, None), 0
-    while True:
-        name = Resumption(run, number).run
-        found = account.client("dynamodb").query(
-            TableName=f"{stack}-Costs",
-            KeyConditionExpression="#run = :run",
-            ExpressionAttributeNames={"#run": "run"},
-            ExpressionAttributeValues={":run": {"S": name}},
-            Limit=1,
-            ScanIndexForward=False,
-        )["Items"]
-        if not found:
-            return newest
+    "The newest epoch in the Costs table."
+    newest = (0, None)
+    for found in _newest_items(account, stack, run, 1):
         costs = [
             float(value["S"]) for name, value in found[0].items() if name.startswith("batch")
         ]
-        newest, number = (int(found[0]["epoch"]["N"]) + 1, min(costs)), number + 1
+        newest = (int(found[0]["epoch"]["N"]) + 1, min(costs))
+    return newest
 
 
 def newest_spent(
@@ -192,21 +197,11 @@ def newest_spent(
     run: str,
 ) -> float | None:  # USD
     "What a run had cost when LaunchLambda last counted it: once a second at most, so some epochs back."
-    newest, number = None, 0
-    while True:
-        name = Resumption(run, number).run
-        found = account.client("dynamodb").query(
-            TableName=f"{stack}-Costs",
-            KeyConditionExpression="#run = :run",
-            ExpressionAttributeNames={"#run": "run"},
-            ExpressionAttributeValues={":run": {"S": name}},
-            Limit=50,
-            ScanIndexForward=False,
-        )["Items"]
-        if not found:
-            return newest
+    newest = None
+    for found in _newest_items(account, stack, run, 50):
         spent = [float(item["spent"]["S"]) for item in found if "spent" in item]
-        newest, number = spent[0] if spent else newest, number + 1
+        newest = spent[0] if spent else newest
+    return newest
 
 
 WHERE = ("run", "epoch", "batch", "layer", "neuron")
