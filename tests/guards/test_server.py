@@ -340,6 +340,7 @@ def test_a_seat_is_held_for_a_lease_which_taking_renews(residents, store):
     assert store.client.ttl(NAME) > 5
     assert residents.take(SEAT, "Bob", wait=0) is None
     assert SEAT not in residents.vacant(residents.plan)
+    assert {SEAT: "Ada"}[Seat("demo", "NeuronLambda", 1)] == "Ada"  # one stands for the other
     residents.leave(SEAT, "Bob")
     assert store.client.get(NAME) == b"Ada"  # whose it is
     residents.leave(SEAT, "Ada")
