@@ -26,6 +26,8 @@ from snn.live.page import create, let_go
 from snn.live.watching import Onlooker
 from snn.live.widget import Live, reply, stage_of
 from snn.local import training
+from snn.maths.augment import prepare
+from snn.maths.network import initialise, train_epoch
 from snn.replay.compute import replay_on
 from snn.replay.record import read_record, training_part
 from snn.viz.style import sheet
@@ -197,11 +199,38 @@ def test_without_the_token_nothing_is_told(path, browser):
         b'{"epoch": 0, "epochs": 100000, "changes": []}',
         b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 9, "neuron": 0}]}',
         b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 1, "neuron": 0, "weight": -1}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 1, "neuron": 0, "weight": "all"}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 2, "neuron": 0, "weight": 1.5}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 2, "neuron": 9, "weight": "bias"}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 2, "neuron": 0, "weight": 0, "value": 1e999}]}',
+        b'{"epoch": 0, "epochs": 5, "changes": [{"layer": 1, "neuron": 0, "weight": "bias", "value": 1e308},'
+        b' {"layer": 2, "neuron": 0, "weight": 0, "value": 1e308}]}',
     ],
 )
 def test_a_wrong_thought_experiment_is_refused(asked, browser, ended):
     answer = browser.post("/fork", params={"token": ended.token}, content=asked)
     assert answer.status_code == 400 and len(answer.text.splitlines()) == 1
+
+
+def test_a_fork_is_to_the_byte_a_training_that_began_so(browser, ended):
+    changes = [
+        {"layer": 2, "neuron": 1, "weight": 4, "value": 0.75},
+        {"layer": 2, "neuron": 1, "weight": "bias", "value": -0.125},
+        {"layer": 1, "neuron": 3, "weight": "scale", "value": -1.5},
+    ]
+    asked = {"epoch": 0, "epochs": 4, "changes": changes}
+    query = {"token": ended.token}
+    found = browser.post("/fork", params=query, content=json.dumps(asked)).json()
+    parameters, costs = ended.film.model.parameters, []
+    X, mean = prepare(parameters, ended.X)
+    layers = initialise(parameters, X.shape[1])
+    (W1, *_), (W2, b2, *_), *_ = layers
+    W2[1, 4], b2[1], W1[3] = 0.75, -0.125, W1[3] * -1.5
+    for epoch in range(4):
+        total, layers = train_epoch(parameters, layers, X, ended.Y, epoch, mean)
+        costs.append(total)
+    assert found["costs"] == costs != ended.watcher.state["costs"][:4]
+    assert reply(ended, {"id": 1, "path": "fork", "query": asked})[0]["value"] == found
 
 
 def test_the_kernel_answers_as_the_server_does(browser, ended):

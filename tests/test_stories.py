@@ -789,7 +789,7 @@ def test_a_counterfactual_is_told_in_a_terminal(snn, run_folder, small_data, sma
     assert found["what_if"]["costs"][1] == cost(A[-1], batch.Y) != found["what_if"]["costs"][0]
     for words, sentence in (
         (("--set", "w999=0"), "has the weights 0 to 191"),
-        (("--set", "b=1"), "it looks like w14=0"),
+        (("--set", "c=1"), "it looks like w14=0"),
         (("--batch", 99), "batch is 99"),
     ):
         code, _, errors = snn("replay", run_folder, *where, *words)

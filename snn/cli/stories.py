@@ -139,7 +139,7 @@ def replay(
         Option(
             "--set",
             metavar="CHANGE",
-            help="What if? w14=0 sets a weight of the neuron, silent silences it; may be repeated.",
+            help="What if? w14=0 sets a weight of the neuron, b=0.5 its bias, scale=2 doubles its weights, silent silences it; may be repeated.",
         ),
     ] = None,
     data: Annotated[

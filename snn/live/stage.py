@@ -76,13 +76,17 @@ class Stage:
         return {**self.watcher.state, "frames": frames, "held": held}
 
 # %% ../../nbs/live/04_stage.ipynb #ad3d8876
+@np.errstate(all="ignore")  # what is not finite is refused
 def fork(
     stage: Stage,
     epoch: int,  # to go on from
     changes: list[Change],
     epochs: int,  # to train
 ) -> dict:  # costs on the training and the test images
-    "A training that goes on from an epoch with a change; raises `LookupError`."
+    "A training that goes on from an epoch with changes; raises `LookupError`, also if it diverges."
+    newest = max((frame.epoch for frame in stage.film.all()), default=0)
+    if not (0 <= epoch <= newest and 1 <= epochs <= MOST):
+        raise LookupError(f"epoch may be 0 to {newest}, and epochs 1 to {MOST}")
     model, silent = stage.film.model, [c for c in changes if c.weight is None]
     (X, mean), Y = prepare(model.parameters, stage.X), stage.Y
     shown, truth = model.inputs(stage.film.test_x), stage.film.test_y[None]
@@ -93,18 +97,20 @@ def fork(
         layers = changed(layers, silent)
         train.append(total)
         test.append(cost(activations(model.parameters, layers, shown)[-1], truth))
+        if not np.isfinite([train[-1], test[-1]]).all():
+            raise LookupError(f"with this change, the cost of epoch {number} is not finite")
     return {"epoch": epoch, "costs": train, "test": test}
 
 # %% ../../nbs/live/04_stage.ipynb #b39dec98
+MOST = 500  # epochs of a thought experiment
+
+
 class Fork(msgspec.Struct):
     "What `/fork` is asked."
 
     epoch: int
     epochs: int  # at most MOST
     changes: list[Change]
-
-
-MOST = 500  # epochs of a thought experiment
 
 # %% ../../nbs/live/04_stage.ipynb #fe9f2134
 STATIC = files("snn.live") / "static"  # the module and the style that both hosts use

@@ -13,7 +13,7 @@ import msgspec
 
 from ..data.h5 import Datasets
 from .film import Film
-from .stage import MOST, STATIC, Fork, Stage, answer, fork
+from .stage import STATIC, Fork, Stage, answer, fork
 from .watching import Watcher, walk_again
 from ..maths.augment import training_mean
 from ..maths.model import Model
@@ -47,7 +47,7 @@ def reply(
         query = content.get("query", {})
         if content["path"] == "fork":
             asked = msgspec.convert(query, Fork)
-            found = fork(stage, asked.epoch, asked.changes, min(asked.epochs, MOST))
+            found = fork(stage, asked.epoch, asked.changes, asked.epochs)
         else:
             found = answer(stage, content["path"], lambda name: int(query[name]))
     except (LookupError, ValueError) as error:

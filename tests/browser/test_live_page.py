@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+import numpy as np
 import pytest
 
 sync_api = pytest.importorskip(
@@ -21,6 +22,7 @@ from snn.live.host import hosted, stage_on
 from snn.live.watching import Onlooker
 from snn.live.widget import stage_of
 from snn.local import training
+from snn.maths.network import cost, train_epoch
 
 SCREENS = Path(__file__).parents[2] / "out" / "screens"
 
@@ -57,6 +59,7 @@ def page(browser, address, request):
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     page = context.new_page()
     page.set_default_timeout(20_000)
+    page.errors = errors
     page.on("request", lambda sent: asked.append(sent.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
@@ -113,6 +116,70 @@ def test_a_silenced_neuron_shows_what_would_change(page, stage):
     page.get_by_text("After 50 epochs").wait_for()
 
 
+def answers(stage, layers) -> np.ndarray:
+    model = stage.film.model._replace(layers=layers)
+    return model.probabilities(stage.film.test_x)
+
+
+def test_a_weight_that_is_turned_shows_what_would_change_and_the_training_goes_on_from_it(
+    page, stage
+):
+    page.locator('[data-node="3/0"]').click()
+    panel = page.get_by_label("the chosen neuron")
+    slider = panel.get_by_role("slider", name="weight 0, from neuron 0 of layer 2")
+    slider.focus()
+    page.keyboard.press("End")  # as far up as it goes
+    assert slider.evaluate("it => it === document.activeElement")
+    value = float(slider.input_value())
+    page.keyboard.press("ArrowLeft")
+    assert float(slider.input_value()) < value
+    page.keyboard.press("ArrowRight")
+    number = panel.get_by_role("spinbutton", name="bias, as a number")
+    number.fill("0")
+    last = stage.film.nearest(30).layers
+    layers = [(W.copy(), b.copy()) for W, b in last]
+    layers[2][0][0, 0], layers[2][1][0] = value, 0
+    plain, now = answers(stage, last), answers(stage, layers)
+    truth = stage.film.test_y[None]
+    flipped = [i for i in range(len(now)) if (now[i] >= 0.5) != (plain[i] >= 0.5)]
+    assert flipped, "this change was chosen because it changes answers"
+    said = panel.get_by_text("A thought experiment").inner_text()
+    assert f"is {cost(now[None], truth):.4f} instead of {cost(plain[None], truth):.4f}" in said
+    assert f"{len(flipped)} of {len(now)} answers change" in said
+    shown = panel.locator("[data-flipped] canvas").all()
+    names = [canvas.get_attribute("aria-label").split(",")[0] for canvas in shown]
+    assert names == [f"test picture {i}" for i in flipped[:24]]
+    with page.expect_response("**/fork**") as told:
+        page.get_by_role("button", name="Train on from here").click()
+    panel.get_by_text("After 50 epochs").wait_for()
+    parameters, costs, layers = stage.film.model.parameters, [], stage.weights(30)
+    layers = [tuple(array.copy() for array in layer) for layer in layers]
+    layers[2][0][0, 0], layers[2][1][0] = value, 0
+    for epoch in range(30, 80):
+        total, layers = train_epoch(parameters, layers, stage.X / 255, stage.Y, epoch)
+        costs.append(total)
+    assert told.value.json()["costs"] == costs
+    page.get_by_role("button", name="All as it was").click()
+    assert "A thought experiment" not in panel.inner_text()
+
+
+def test_a_picture_of_weights_is_scaled_and_what_no_training_survives_is_refused(page, stage):
+    page.locator('[data-node="1/2"]').click()
+    panel = page.get_by_label("the chosen neuron")
+    panel.get_by_role("spinbutton", name="all weights, times, as a number").fill("-2")
+    layers = [(W.copy(), b) for W, b in stage.film.nearest(30).layers]
+    layers[0][0][2] *= -2
+    now = answers(stage, layers)
+    said = panel.get_by_text("A thought experiment").inner_text()
+    assert f"is {cost(now[None], stage.film.test_y[None]):.4f} instead of" in said
+    panel.get_by_role("spinbutton", name="bias, as a number").fill("1e308")
+    page.locator('[data-node="2/0"]').click()
+    panel.get_by_role("spinbutton", name="weight 2, as a number").fill("1e308")
+    page.get_by_role("button", name="Train on from here").click()
+    panel.get_by_text("Refused: with this change, the cost of epoch").wait_for()
+    page.errors.clear()  # the browser names each answer that is a refusal
+
+
 def test_it_can_be_used_with_the_keyboard_alone(page):
     page.locator('[data-node="1/0"]').focus()
     page.keyboard.press("ArrowDown")
@@ -140,6 +207,9 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
 def test_everybody_can_read_it(page):
     from axe_playwright_python.sync_playwright import Axe
 
+    page.locator('[data-node="2/0"]').click()
+    page.get_by_role("spinbutton", name="bias, as a number").fill("3")
+    page.get_by_text("A thought experiment").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     found = Axe().run(page).response["violations"]
     assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]

@@ -2,24 +2,27 @@
 // `mount(element, source)` draws it. `source` says where the numbers come from: a page asks the
 // server that has sent it, a widget asks the kernel of its notebook.
 
+const LEAST = 2 ** -53;
 export const ACTIVATIONS = {
   relu: (z) => Math.max(z, 0),
   leaky_relu: (z) => Math.max(z, 0.01 * z),
   tanh: Math.tanh,
-  sigmoid: (z) => 1 / (1 + Math.exp(-z)),
+  sigmoid: (z) => Math.min(1 - LEAST, Math.max(LEAST, 1 / (1 + Math.exp(-z)))), // never 0 or 1
   gelu: (z) => (z / 2) * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (z + 0.044715 * z ** 3))),
   swish: (z) => z / (1 + Math.exp(-z)),
 };
 
 // The network's answer to one picture, layer by layer: what goes into each neuron and comes out.
-export function forward(network, kinds, input, silent = new Set()) {
+// `known` has layer 1's z from before some of its rows were changed: only these are added up again.
+export function forward(network, kinds, input, silent = new Set(), known = null) {
   const Z = [], A = [input];
-  network.forEach(({ W, b }, l) => {
+  network.forEach(({ W, b, changed }, l) => {
     const before = A[l], n = b.length, width = before.length;
     const z = new Float64Array(n), a = new Float64Array(n), g = ACTIVATIONS[kinds[l]];
     for (let i = 0; i < n; i++) {
       let sum = b[i];
-      for (let j = 0, at = i * width; j < width; j++, at++) sum += W[at] * before[j];
+      if (known && l === 0 && !changed?.has(i)) sum = known[i];
+      else for (let j = 0, at = i * width; j < width; j++, at++) sum += W[at] * before[j];
       z[i] = sum;
       a[i] = silent.has(`${l + 1}/${i}`) ? 0 : g(sum);
     }
@@ -37,6 +40,22 @@ export function unpack(buffer, sizes) {
     at += 4 * n * (sizes[l] + 1);
     return { W, b };
   });
+}
+
+// A copy of the network with weights or biases set, or a neuron's weights scaled; as `snn replay --set`.
+export function changedNetwork(network, changes) {
+  const found = [...network];
+  for (const { layer, neuron, weight, value } of changes) {
+    const before = found[layer - 1], own = before.changed ? before
+      : { W: Float64Array.from(before.W), b: Float64Array.from(before.b), changed: new Set() };
+    const width = own.W.length / own.b.length, from = neuron * width;
+    if (weight === "bias") own.b[neuron] = value;
+    else if (weight === "scale") for (let j = from; j < from + width; j++) own.W[j] *= value;
+    else own.W[from + weight] = value;
+    own.changed.add(neuron);
+    found[layer - 1] = own;
+  }
+  return found;
 }
 
 export function httpSource() {
@@ -150,7 +169,7 @@ export async function mount(element, source) {
   });
   const view = {
     epoch: 0, following: true, playing: false, picture: test[0], chosen: { layer: 1, neuron: 0 },
-    silent: new Set(), state: { frames: [], costs: [], steps: [] }, network: null, first: null, fork: null,
+    silent: new Set(), changes: new Map(), state: { frames: [], costs: [], steps: [] }, network: null, first: null, fork: null,
   };
   const known = new Map(); // frames by epoch
   async function frameAt(epoch) {
@@ -202,7 +221,9 @@ export async function mount(element, source) {
       make("h2", {}, "Cost of each epoch"),
       part("chart", "div"),
       part("table", "p", { class: "soft" }))),
-    part("panel", "section", { class: "card", "aria-label": "the chosen neuron" }),
+    make("section", { class: "card", "aria-label": "the chosen neuron" },
+      part("numbers", "div"), make("h3", {}, "Backward"), part("back", "div"),
+      part("whatIf", "div", { class: "whatif" })),
   );
   test.slice(0, 24).forEach((picture) => {
     const canvas = make("canvas", { "aria-hidden": "true", style: "width: 40px; height: 40px" });
@@ -287,18 +308,33 @@ export async function mount(element, source) {
       choosePicture({ name: file.name, label: null, pixels, input: prepare(pixels) });
     } catch { at.news.textContent = `${file.name} is not a picture that this browser can read.`; }
   }
-  function choose(layer, neuron) { view.chosen = { layer, neuron }; view.fork = null; draw(); }
+  function choose(layer, neuron) { view.chosen = { layer, neuron }; draw(); }
   function silence() {
     const name = `${view.chosen.layer}/${view.chosen.neuron}`;
     if (!view.silent.delete(name)) view.silent.add(name);
-    view.fork = null;
+    view.fork = view.refused = null;
     draw();
+  }
+  function setWeight(weight, value) {
+    const { layer, neuron } = view.chosen, name = `${layer}/${neuron}/${weight}`;
+    if (Number.isFinite(value)) view.changes.set(name, { layer, neuron, weight, value });
+    else view.changes.delete(name);
+    view.fork = view.refused = null;
+    draw();
+  }
+  function asItWas() {
+    view.silent.clear();
+    view.changes.clear();
+    view.fork = view.refused = null;
+    draw();
+    at.whatIf.querySelector("button").focus();
   }
 
   // The network as a drawing
   function draw() {
     if (!view.network) return;
-    const { A, Z } = forward(view.network, run.activations, view.picture.input, view.silent);
+    view.shown = changedNetwork(view.network, view.changes.values());
+    const { A, Z } = forward(view.shown, run.activations, view.picture.input, view.silent);
     drawNetwork(A);
     drawPanel(A, Z);
     drawChart();
@@ -330,7 +366,7 @@ export async function mount(element, source) {
     const canvas = make("canvas", { style: "width: 110px; height: 110px", role: "img", "aria-label": view.picture.name });
     showPicture(canvas, view.picture.pixels, run.size);
     for (let layer = 2; layer <= layers; layer++) {
-      const { W } = view.network[layer - 1], width = run.sizes[layer - 1];
+      const { W } = view.shown[layer - 1], width = run.sizes[layer - 1];
       let largest = 1e-9;
       for (const w of W) largest = Math.max(largest, Math.abs(w));
       for (let i = 0; i < Math.min(run.sizes[layer], SHOWN); i++) for (let j = 0; j < Math.min(width, SHOWN); j++) {
@@ -382,14 +418,19 @@ export async function mount(element, source) {
   }
 
   // One neuron
-  function testAnswers(silent) { return test.map((picture) => forward(view.network, run.activations, picture.input, silent).A[layers][0]); }
+  const before = new WeakMap(); // what a network, as it was, says to the test pictures
+  function testAnswers() {
+    if (!before.has(view.network)) before.set(view.network, test.map((picture) => forward(view.network, run.activations, picture.input)));
+    const plain = before.get(view.network);
+    const now = test.map((picture, i) => forward(view.shown, run.activations, picture.input, view.silent, plain[i].Z[0]));
+    return [plain, now].map((all) => all.map(({ A }) => A[layers][0]));
+  }
   function testCost(answers) {
     return answers.reduce((sum, p, i) => sum - Math.log(run.labels[i] ? p : 1 - p), 0) / answers.length;
   }
-  let asked = 0;
   function drawPanel(A, Z) {
     const { layer, neuron } = view.chosen, width = run.sizes[layer - 1];
-    const { W, b } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
+    const { W, b } = view.shown[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
     const before = A[layer - 1], z = Z[layer - 1][neuron], a = A[layer][neuron], silenced = view.silent.has(`${layer}/${neuron}`);
     const content = [make("h2", {}, `Neuron ${neuron} of layer ${layer}`)];
     if (layer === 1) {
@@ -407,17 +448,20 @@ export async function mount(element, source) {
     content.push(make("h3", {}, "Forward"),
       make("p", {}, `z = Σ w·a + b = ${digits(z - b[neuron])} + ${digits(b[neuron])} = ${digits(z)}`),
       make("p", {}, `a = ${run.activations[layer - 1]}(z) = ${digits(a)}${silenced ? ", silenced" : ""}`),
-      make("details", {}, make("summary", { class: "soft" }, `the largest of its ${width.toLocaleString("en")} terms`),
+      make("details", at.numbers.querySelector("details")?.open ? { open: "" } : {}, make("summary", { class: "soft" }, `the largest of its ${width.toLocaleString("en")} terms`),
         make("table", {}, make("thead", {}, make("tr", {}, ...["input", "w", "a before", "w · a"].map((x) => make("th", { scope: "col" }, x)))), make("tbody", {}, ...rows))));
     if (view.state.state === "running") content.push(make("p", { class: "soft" },
       `Its invocations in epoch ${view.state.epoch + 1}, which is under way: ${finished(layer, neuron) || "none"} finished.`));
-    const back = make("div", {}, make("p", { class: "soft" }, "…"));
-    content.push(make("h3", {}, "Backward"), back, whatIf(silenced));
-    at.panel.replaceChildren(...content);
-    drawBackward(back, layer, neuron, width);
+    at.numbers.replaceChildren(...content);
+    drawBackward(layer, neuron, width);
+    drawWhatIf(layer, neuron, width, silenced);
   }
-  async function drawBackward(back, layer, neuron, width) {
-    const mine = ++asked;
+  let asked = "";
+  async function drawBackward(layer, neuron, width) {
+    const mine = `${view.epoch}/${layer}/${neuron}`, back = at.back;
+    if (mine === asked) return; // the run's own numbers, whatever is changed here
+    if (!asked.endsWith(`/${layer}/${neuron}`)) back.replaceChildren(make("p", { class: "soft" }, "…"));
+    asked = mine;
     try {
       const found = await source.json("neuron", { epoch: view.epoch, batch: 0, layer, neuron });
       if (mine !== asked) return;
@@ -435,29 +479,107 @@ export async function mount(element, source) {
       } else {
         back.append(make("p", { class: "soft" }, `largest |dw| ${digits(dw.reduce((m, x) => Math.max(m, Math.abs(x)), 0))} of ${width}`));
       }
-    } catch (error) { if (mine === asked) back.replaceChildren(make("p", { class: "soft" }, String(error.message))); }
+    } catch (error) {
+      if (mine !== asked) return;
+      asked = "";
+      back.replaceChildren(make("p", { class: "soft" }, String(error.message)));
+    }
   }
-  function whatIf(silenced) {
-    const box = make("div", { class: "whatif" }, make("h3", {}, "What if?"),
-      make("button", { type: "button", "aria-pressed": String(silenced), onclick: silence }, silenced ? "Let it speak again" : "Silence this neuron"));
-    if (!view.silent.size) return box;
-    const plain = testAnswers(new Set()), answers = testAnswers(view.silent);
+
+  // A thought experiment
+  let knobs = { of: "" }; // what can be turned at the chosen neuron, and the neuron
+  function buildWhatIf(layer, neuron, width) {
+    const name = (weight) => (weight === "bias" ? "bias" : weight === "scale" ? "all weights, times" : `weight ${weight}`);
+    const { W } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
+    const largest = Array.from(row.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, SHOWN);
+    const weights = layer === 1 ? ["bias", "scale"] : ["bias", ...largest.sort((i, j) => i - j)];
+    knobs = { of: `${layer}/${neuron}`, rows: weights.map((weight) => {
+      const from = typeof weight === "number" ? `, from neuron ${weight} of layer ${layer - 1}` : "";
+      const range = make("input", { type: "range", "aria-label": `${name(weight)}${from}`, oninput: () => setWeight(weight, range.valueAsNumber) });
+      const number = make("input", { type: "number", step: "any", "aria-label": `${name(weight)}, as a number`, oninput: () => setWeight(weight, number.valueAsNumber) });
+      const line = make("div", { class: "knob" }, make("span", { "aria-hidden": "true" }, weight === "scale" ? "all w ×" : weight === "bias" ? "b" : `w${weight}`), range, number);
+      return { weight, range, number, line };
+    }) };
+    knobs.silence = make("button", { type: "button", onclick: silence });
+    knobs.result = make("p", { role: "status" });
+    knobs.thumbs = make("div", { class: "thumbs" });
+    knobs.trainOn = make("button", { type: "button", onclick: trainOn }, "Train on from here, with and without");
+    knobs.asItWas = make("button", { type: "button", onclick: asItWas }, "All as it was");
+    knobs.after = make("p", { class: "soft after", role: "status" });
+    const more = width - SHOWN;
+    at.whatIf.replaceChildren(make("h3", {}, "What if?"), knobs.silence,
+      make("div", { class: "knobs", role: "group", "aria-label": `weights of neuron ${neuron} of layer ${layer}` }, ...knobs.rows.map(({ line }) => line)),
+      ...(layer > 1 && more > 0 ? [make("p", { class: "soft" }, `Its ${SHOWN} largest weights; ${more} more are smaller.`)] : []),
+      knobs.result, knobs.thumbs, make("div", { class: "bar" }, knobs.trainOn, knobs.asItWas), knobs.after);
+  }
+  function showKnob({ weight, range, number, line }, layer, neuron, width) {
+    const { W, b } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
+    const change = view.changes.get(`${layer}/${neuron}/${weight}`);
+    const value = change?.value ?? (weight === "scale" ? 1 : weight === "bias" ? b[neuron] : row[weight]);
+    let reach = 2;
+    if (weight !== "scale") {
+      const largest = layer === 1 ? Math.abs(b[neuron]) : row.reduce((m, w) => Math.max(m, Math.abs(w)), Math.abs(b[neuron]));
+      reach = 2 ** Math.ceil(Math.log2(Math.max(0.5, 1.5 * largest)));
+    }
+    line.classList.toggle("changed", Boolean(change));
+    Object.assign(range, { min: -reach, max: reach, step: reach / 128 });
+    if (document.activeElement !== range) range.value = value;
+    range.setAttribute("aria-valuetext", digits(value));
+    if (document.activeElement !== number || !change && number.value !== "") number.value = Number(value.toPrecision(5));
+  }
+  const inWords = ({ layer, neuron, weight, value }) => {
+    const which = `of neuron ${neuron} of layer ${layer}`;
+    if (weight === undefined) return `neuron ${neuron} of layer ${layer} silenced`;
+    if (weight === "scale") return `all weights ${which} times ${digits(value)}`;
+    const { W, b } = view.network[layer - 1], width = run.sizes[layer - 1];
+    return weight === "bias" ? `the bias ${which} at ${digits(value)} instead of ${digits(b[neuron])}`
+      : `weight ${weight} ${which} at ${digits(value)} instead of ${digits(W[neuron * width + weight])}`;
+  };
+  function allChanges() {
+    const silent = [...view.silent].map((name) => { const [layer, neuron] = name.split("/").map(Number); return { layer, neuron }; });
+    return [...silent, ...view.changes.values()];
+  }
+  function drawWhatIf(layer, neuron, width, silenced) {
+    if (knobs.of !== `${layer}/${neuron}`) buildWhatIf(layer, neuron, width);
+    pressed(knobs.silence, silenced);
+    knobs.silence.hidden = layer === layers; // nobody listens to the answer but us
+    knobs.silence.textContent = silenced ? "Let it speak again" : "Silence this neuron";
+    for (const row of knobs.rows) showKnob(row, layer, neuron, width);
+    const changes = allChanges(), none = !changes.length;
+    knobs.trainOn.hidden = knobs.asItWas.hidden = knobs.thumbs.hidden = none;
+    const after = view.fork ? `After ${view.fork.with.costs.length} epochs the cost is ${digits(view.fork.with.costs.at(-1))} with the change, ${digits(view.fork.without.costs.at(-1))} without it.` : "";
+    knobs.after.textContent = view.refused ?? after;
+    if (none) {
+      knobs.result.textContent = "";
+      knobs.thumbs.replaceChildren();
+      return;
+    }
+    const [plain, answers] = testAnswers(), cost = testCost(answers), was = testCost(plain);
     const flipped = test.filter((_, i) => plain[i] >= 0.5 !== answers[i] >= 0.5);
-    const thumbs = make("div", { class: "thumbs", "data-flipped": flipped.length });
-    flipped.slice(0, 12).forEach((picture) => {
-      const canvas = make("canvas", { style: "width: 40px; height: 40px", role: "img", "aria-label": picture.name });
+    const words = changes.length > 3 ? `${changes.length} changes` : changes.map(inWords).join(" and ");
+    const by = Number.isFinite(cost - was) ? ` (${cost < was ? "−" : "+"}${digits(Math.abs(cost - was))})` : "";
+    const said = `A thought experiment, which the run knows nothing of: with ${words}, the cost on the test pictures is ${digits(cost)} instead of ${digits(was)}${by}, and ${flipped.length} of ${test.length} answers change${flipped.length ? ":" : "."}`;
+    if (knobs.result.textContent !== said) knobs.result.textContent = said;
+    knobs.thumbs.dataset.flipped = flipped.length;
+    const which = flipped.slice(0, 24).map((picture) => picture.name).join();
+    if (knobs.thumbs.dataset.which === which && knobs.thumbs.childElementCount) return;
+    knobs.thumbs.dataset.which = which;
+    knobs.thumbs.replaceChildren(...flipped.slice(0, 24).map((picture) => {
+      const says = run.classes[answers[test.indexOf(picture)] >= 0.5 ? 1 : 0];
+      const canvas = make("canvas", { style: "width: 40px; height: 40px", role: "img", "aria-label": `${picture.name}, ${run.classes[picture.label]}, would be called ${says}` });
       showPicture(canvas, picture.pixels, run.size);
-      thumbs.append(canvas);
-    });
-    box.append(make("p", {}, `A thought experiment, which the run knows nothing of: with ${view.silent.size} silenced, the cost on the test pictures is ${digits(testCost(answers))} instead of ${digits(testCost(plain))}, and ${flipped.length} of ${test.length} answers change.`), thumbs,
-      make("button", { type: "button", onclick: trainOn }, "Train on from here, with and without"));
-    if (view.fork) box.append(make("p", { class: "soft" }, `After ${view.fork.with.costs.length} epochs: ${digits(view.fork.with.costs.at(-1))} without it, ${digits(view.fork.without.costs.at(-1))} with it.`));
-    return box;
+      return canvas;
+    }));
   }
   async function trainOn() {
-    const changes = [...view.silent].map((name) => { const [layer, neuron] = name.split("/").map(Number); return { layer, neuron }; });
-    const asked = { epoch: view.epoch, epochs: 50 };
-    view.fork = { with: await source.fork({ ...asked, changes }), without: await source.fork({ ...asked, changes: [] }) };
+    const changes = allChanges(), asked = { epoch: view.epoch, epochs: 50 };
+    view.fork = view.refused = null;
+    knobs.trainOn.setAttribute("aria-busy", "true");
+    knobs.after.textContent = "Training on …";
+    try {
+      view.fork = { with: await source.fork({ ...asked, changes }), without: await source.fork({ ...asked, changes: [] }) };
+    } catch (error) { view.refused = `Refused: ${error.message}.`; }
+    knobs.trainOn.removeAttribute("aria-busy");
     draw();
   }
 
@@ -483,7 +605,7 @@ export async function mount(element, source) {
     }
     const now = measured.find((frame) => frame.epoch === view.epoch);
     at.chart.replaceChildren(svg);
-    at.table.textContent = `blue: test pictures, the other line: training${view.fork ? ", dashed: trained on from here without the neuron (blue) and with it" : ""}. ` +
+    at.table.textContent = `blue: test pictures, the other line: training${view.fork ? ", dashed: trained on from here with the change (blue) and without it" : ""}. ` +
       (now ? `At epoch ${now.epoch} the cost on the test pictures is ${digits(now.cost)}, and ${percent(now.accuracy)} of them are answered rightly.` : "");
   }
 
