@@ -109,7 +109,7 @@ def ask_server(address: str, path: str):
 def run_all(page: Page, address: str, book: str, patience: float) -> dict:
     "One *Run All Cells*, from a fresh kernel; what came of it."
     page.goto(f"{address}/lab/tree/nbs/{book}.ipynb?reset")
-    page.wait_for_function(CONNECTED, timeout=120_000)
+    page.wait_for_function(CONNECTED)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     begun = moved = time.monotonic()
@@ -165,6 +165,7 @@ def main() -> None:
                 for story in stories:
                     kept = (folder / "nbs" / f"{story}.ipynb").read_bytes()
                     page = browser.new_page(viewport={"width": 1280, "height": 900})
+                    page.set_default_timeout(300_000)
                     found = run_all(page, address, story, given.patience)
                     if found["end"] != "whole":
                         page.screenshot(path=f"run-all-{story}-{turn}.png")
