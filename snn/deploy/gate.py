@@ -402,6 +402,6 @@ def lambda_handler(
     subject, text = mail(os.environ["SNN_STACK"], given["candidate"].url, decision, reviewers)
     if os.environ.get("SNN_TOPIC"):
         boto3.client("sns").publish(
-            TopicArn=os.environ["SNN_TOPIC"], Subject=subject[:100], Message=text
+            TopicArn=os.environ["SNN_TOPIC"], Subject=subject, Message=text
         )
     return {"hookStatus": "SUCCEEDED" if decision.accepted else "FAILED"}

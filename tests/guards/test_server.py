@@ -186,12 +186,15 @@ def test_whoever_completes_a_barrier_sends_and_who_comes_later_mends(store, memb
     for number in range(members):
         told = store.join(neuron(first=number), members, trainer(), 0.1, {f"a{number}": b"1"})
         assert told == Joined(number + 1, number + 1 == members)
-    again = store.join(neuron(first=0), members, trainer(), 0.1, {"a0": b"2"})
+    again = store.join(neuron(first=0), members, trainer(), 0.2, {"a0": b"2"})
     assert again == Joined(members, True)  # the next step was never begun
     store.open(trainer())
     assert store.join(neuron(first=0), members, trainer(), 0.1) == Joined(members, False)
     found = fields(store, "{demo/0}:0")
     assert found["a0"] == "1" and found["joined:NeuronLambda/forward/2"] == str(members)
+    assert (
+        found["finished:NeuronLambda/forward/2/0"] == "100000"
+    )  # µs: a duplicate's do not count
 
 
 def test_a_barrier_on_this_server_leaves_the_message_once(store):
