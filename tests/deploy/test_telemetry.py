@@ -25,7 +25,13 @@ from snn.local.lambda_runtime import Function, Runtime, announced
 from snn.local.server import local_aws, parameter_server
 
 TEMPLATES = all_templates()
-GIVEN = {"StackName": "Cats", "Topic": ""}
+MEMORY = TEMPLATES["main.yaml"]["Parameters"]["FunctionMemory"]["Default"]
+GIVEN = {
+    "StackName": "Cats",
+    "Topic": "",
+    "CacheNamespace": "",
+    "FunctionMemory": str(MEMORY),
+}
 FUNCTIONS = ("Launch", "Trainer", "Neuron")
 
 

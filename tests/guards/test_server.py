@@ -672,6 +672,16 @@ def test_a_layer_is_kept_if_it_takes_no_time_and_else_shared_with_who_is_idle(st
     assert queue.client.llen(QUEUE) == 3  # an epoch's mini-batches are for all
 
 
+def test_a_trainer_that_comes_twice_asks_its_layer_once(store):
+    queue = Queue(store, workers=2)
+    for epoch in range(2):
+        fan_out(queue, epoch, WORTH / 100)
+    assert fan_out(queue, 2, WORTH / 100) == [5, 0, 0]  # kept in hand
+    queue.finish(trainer(2), [neuron(2, 0, first) for first in range(5)], 0.1)
+    queue.store.flush()
+    assert queue.take("one", wait=0) == []
+
+
 def test_who_wakes_is_not_idle(store):
     queue = Queue(store)
     assert queue.take("one", wait=0.001) == []

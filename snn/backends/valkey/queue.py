@@ -71,6 +71,7 @@ class InHand:
         self.members: dict[Group, set[int]] = {}  # that joined a barrier from here
         self.took: dict[tuple, float] = {}  # seconds of the last invocation of a layer
         self.kept: Group | None = None  # whose members are all in hand
+        self.before: deque[Group] = deque(maxlen=REMEMBERED)  # that were kept in hand
         self.unsent: set[Group] = set()  # that others may wait for
 
     def join(
@@ -96,9 +97,11 @@ class InHand:
         "Keep a layer in hand if it takes no time."
         first = messages[0]
         took = self.took.get((first.run, first.direction, first.layer), WORTH)
-        if len(messages) * took >= WORTH:
-            return False
-        self.kept = group_of(first, first.batch)
+        group = group_of(first, first.batch)
+        if len(messages) * took >= WORTH or group in self.before:
+            return False  # of a second time the server knows better: it sends nothing twice
+        self.kept = group
+        self.before.append(group)
         return True
 
 # %% ../../../nbs/backends/valkey/02_queue.ipynb #1918850c
