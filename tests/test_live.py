@@ -20,10 +20,13 @@ from nbconvert import HTMLExporter
 from starlette.testclient import TestClient
 
 from snn.backends.local.services import Services
+from snn.cloud.messages import Message
 from snn.data import h5 as data
+from snn.handlers.protocol import invocations_per_epoch
 from snn.live.host import stage_on
 from snn.live.page import create, let_go
-from snn.live.watching import Onlooker
+from snn.live.stage import answer
+from snn.live.watching import Onlooker, invocations_of
 from snn.live.widget import Live, reply, stage_of
 from snn.local import training
 from snn.maths.augment import prepare
@@ -50,6 +53,13 @@ def arrays(path) -> dict[str, bytes]:
 STEPS = [*["neuron"] * 4, *["layer"] * 3, "mini-batch", "epoch", "neuron"]
 
 
+def message_of(plan, epoch: int, batch: int, step: str) -> Message:
+    "The message that has asked for a step."
+    function, direction, layer, first = step.split("/")
+    where = {"layer": int(layer), "first": int(first)}
+    return Message(function, direction, plan.run, epoch, batch=batch, **where)
+
+
 def walk(stage, cloud) -> dict:
     "Go on step by step; returns what each step has done, and what happens while the run waits."
     services, pace = stage.pace.services, stage.pace
@@ -67,6 +77,12 @@ def walk(stage, cloud) -> dict:
         pace.step(unit)
         found["steps"].append((unit, {k: v - before[k] for k, v in done().items()}))
     found["held"] = stage.state()["held"], done()
+    under_way, size = services.runs.status(name).epoch + 1, invocations_per_epoch(plan)
+    found["rows"] = invocations_of(plan, under_way, services), size, under_way
+    found["entries"] = [
+        services.ledger.entry(message_of(plan, under_way, batch, step))
+        for batch, step, *_ in found["rows"][0]
+    ]
     clock = SimpleNamespace(time=lambda: time.time() + 1000)  # it seems to stand still
     with patch("snn.cloud.runs.time", clock):
         for _ in range(3):
@@ -142,6 +158,19 @@ def test_a_run_that_is_held_back_does_not_stand_still_and_is_not_held_for_nobody
     assert found["with a page"] and not found["without"]
 
 
+def test_the_timeline_has_each_invocation_as_the_ledger_has_it(watched):
+    stage, _ = watched
+    found = stage.walked.result()
+    rows, size, under_way = found["rows"]
+    assert 0 < len(rows) < size and len({row[:2] for row in rows}) == len(rows)
+    for (_, _, attempts, took), entry in zip(rows, found["entries"], strict=True):
+        assert (attempts, took is not None, took or 0) == entry and attempts > 0
+    for epoch in range(under_way):  # the run was held; epoch 0 has its start as well
+        kept = answer(stage, "invocations", {"epoch": epoch}.__getitem__)["rows"]
+        assert len(kept) == size + (epoch == 0) and all(took is not None for *_, took in kept)
+    assert answer(stage, "invocations", {"epoch": -5}.__getitem__) == {"rows": []}
+
+
 def test_a_run_that_has_ended_can_not_be_held_back(browser, ended):
     ask = lambda content: browser.post("/pace", params={"token": ended.token}, content=content)
     assert not browser.get("/run", params={"token": ended.token}).json()["paced"]
@@ -183,7 +212,9 @@ def test_the_numbers_of_a_neuron_are_those_of_its_replay(
     np.testing.assert_allclose(dw, expected.dw, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", ["run", "state", "pictures", "frame", "neuron", "events"])
+@pytest.mark.parametrize(
+    "path", ["run", "state", "pictures", "frame", "neuron", "invocations", "events"]
+)
 def test_without_the_token_nothing_is_told(path, browser):
     assert browser.get(f"/{path}").status_code == 403
     assert browser.get(f"/{path}", params={"token": "x"}).status_code == 403

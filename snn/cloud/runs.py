@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from .arrays import key, tag
-from .interfaces import Incomplete, Records
+from .interfaces import Entry, Incomplete, Records
 from .messages import ALL, Plan, Resumption, Upload
 
 # %% ../../nbs/cloud/05_runs.ipynb #2dec3871
@@ -182,6 +182,18 @@ class Runs:
         names = self.store.names(key(run, batch, epoch))
         ends = [name for name in names if name.startswith("finished:")]
         return {name.removeprefix("finished:") for name in ends}
+
+    def invocations(self, run: str, batch: int, epoch: int) -> dict[str, Entry]:
+        "What the ledger has of each step of a mini-batch, or of the epoch; of the last two epochs."
+        where, noted = key(run, batch, epoch), ("attempts", "finished")
+        parts = [name.partition(":") for name in self.store.names(where)]
+        steps = sorted({step for what, _, step in parts if what in noted})
+        fields = [f"{what}:{step}" for step in steps for what in noted]
+        values = iter(self.store.get(where, *fields) if fields else [])
+        return {
+            step: Entry(int(attempts or 0), microseconds is not None, int(microseconds or 0))
+            for step, attempts, microseconds in zip(steps, values, values)
+        }
 
     def knows(self, run: str) -> bool:
         "Has this server a record of the run?"

@@ -141,7 +141,7 @@ def create(
             raise HTTPException(400, str(error)) from None
         return JSONResponse(found, headers=HEADERS)
 
-    names = ("run", "state", "pictures", "mean", "frame", "neuron")
+    names = ("run", "state", "pictures", "mean", "frame", "neuron", "invocations")
     return Starlette(
         routes=[
             Route("/", static("index.html", "text/html")),

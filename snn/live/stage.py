@@ -130,6 +130,8 @@ def answer(
         return stage.film.test_x.tobytes()
     if path == "mean" and stage.film.model.mean is not None:
         return stage.film.model.mean.astype("<f4").tobytes()
+    if path == "invocations":
+        return {"rows": stage.watcher.invocations.get(number("epoch"), [])}
     if path == "frame":
         return stage.film.nearest(number("epoch")).content()
     if path == "neuron":

@@ -18,6 +18,7 @@ if not CHROMIUM:
 
 from snn.backends.local.services import Services
 from snn.data import h5 as data
+from snn.handlers.protocol import invocations_per_epoch
 from snn.live.host import hosted, stage_on
 from snn.live.watching import Onlooker
 from snn.live.widget import stage_of
@@ -273,9 +274,10 @@ def lead(browser, address, seen, until) -> None:
     press("neuron")
     until(lambda: finished() == before + 1, "one more neuron has finished")
     page.wait_for_function(lit, arg=before + 1)
-    page.locator('[data-node="1/0"]').click()
+    page.locator(".node.forward").first.click()  # whichever went first
     page.get_by_text("forward finished").wait_for()
     page.get_by_text("its gradient reaches").wait_for()
+    look_at_timeline(page, plan, services)
     SCREENS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENS / "live-held.png", full_page=True)
     press("epoch")
@@ -283,4 +285,30 @@ def lead(browser, address, seen, until) -> None:
     press("Let it go on")
     page.wait_for_selector("main.live[data-state=finished]")
     assert not page.get_by_role("group", name="pace of the training").is_visible()
+    page.get_by_label("epoch", exact=True).fill("1")  # that the page has led it through
+    page.get_by_text("A bar per Lambda invocation of epoch 1").wait_for()
+    whole = "n => document.querySelectorAll('[data-call]:not(.open)').length == n"
+    page.wait_for_function(whole, arg=invocations_per_epoch(plan) + 1)  # and the start
     page.close()
+
+
+def look_at_timeline(page, plan, services) -> None:
+    "While the run is held: each bar says what the ledger has, with the mouse and the keyboard."
+    from axe_playwright_python.sync_playwright import Axe
+
+    noted = services.runs.invocations(plan.run, 0, 0)
+    neuron = min(step for step in noted if step.startswith("NeuronLambda"))
+    said = lambda step: f"{step} of mini-batch 0: {noted[step].microseconds:,} µs, 1 attempt"
+    bar = page.get_by_role("option", name=said(neuron))
+    bar.hover()
+    told = page.locator(".call-told")
+    assert told.inner_text() == said(neuron)
+    page.locator('[data-call][tabindex="0"]').focus()
+    page.keyboard.press("Home")
+    assert told.inner_text() == said("TrainerLambda/start/0/0")
+    page.keyboard.press("ArrowRight")
+    assert told.inner_text() == said(neuron) and bar.get_attribute("aria-selected") == "true"
+    timeline = page.get_by_role("listbox")
+    assert "Epoch 1, 1 of 1 mini-batches" in timeline.get_attribute("aria-label")
+    found = Axe().run(page).response["violations"]
+    assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]

@@ -220,7 +220,18 @@ export async function mount(element, source) {
     make("section", { class: "card", "aria-label": "cost" },
       make("h2", {}, "Cost of each epoch"),
       part("chart", "div"),
-      part("table", "p", { class: "soft" }))),
+      part("table", "p", { class: "soft" })),
+    make("section", { class: "card", "aria-label": "timeline" },
+      part("timelineTitle", "h2", {}, "A bar per Lambda invocation"),
+      part("timeline", "div"),
+      part("call", "p", { class: "call-told" }),
+      part("calls", "p", { class: "soft" }),
+      part("callKeys", "p", { class: "soft" },
+        make("span", { class: "key" }, make("i", { style: "background: var(--forward)" }), "forward"),
+        make("span", { class: "key" }, make("i", { style: "background: var(--backward)" }), "backward"),
+        make("span", { class: "key" }, make("i", { style: "background: var(--soft)" }), "neither, or both"),
+        make("span", { class: "key" }, make("i", { style: "border: 2px dashed var(--soft)" }), "begun, not finished"),
+        make("span", { class: "key" }, make("i", { style: "border: 2px solid var(--ink)" }), "more than one attempt")))),
     make("section", { class: "card", "aria-label": "the chosen neuron" },
       part("numbers", "div"), make("h3", {}, "Backward"), part("back", "div"),
       part("whatIf", "div", { class: "whatif" })),
@@ -338,6 +349,7 @@ export async function mount(element, source) {
     drawNetwork(A);
     drawPanel(A, Z);
     drawChart();
+    drawTimeline();
     test.slice(0, 24).forEach((picture) => pressed(picture.button, picture === view.picture));
     const p = A[layers][0], says = run.classes[p >= 0.5 ? 1 : 0];
     const truth = view.picture.label === null ? "" : `, and it is ${run.classes[view.picture.label]}`;
@@ -607,6 +619,99 @@ export async function mount(element, source) {
     at.chart.replaceChildren(svg);
     at.table.textContent = `blue: test pictures, the other line: training${view.fork ? ", dashed: trained on from here with the change (blue) and without it" : ""}. ` +
       (now ? `At epoch ${now.epoch} the cost on the test pictures is ${digits(now.cost)}, and ${percent(now.accuracy)} of them are answered rightly.` : "");
+  }
+
+  // Timeline
+  let drawn = {};
+  async function drawTimeline() {
+    const underWay = view.state.state === "running" && view.epoch === Math.max(...frames()) && (view.state.steps ?? []).some((steps) => steps.length);
+    const epoch = underWay ? view.epoch : view.epoch - 1; // the one that has led to what is on show
+    if (drawn.epoch === epoch && drawn.state === view.state) return;
+    const mine = drawn = { epoch, state: view.state };
+    const { rows } = epoch < 0 ? { rows: [] } : await source.json("invocations", { epoch }).catch(() => ({}));
+    if (mine !== drawn || !rows) return; // something newer was asked for, or the run's end has closed the server
+    at.timelineTitle.textContent = epoch < 0 ? "A bar per Lambda invocation" : `A bar per Lambda invocation of epoch ${epoch + 1}${underWay ? ", which is under way" : ""}`;
+    const calls = placed(rows), text = JSON.stringify(rows);
+    at.calls.textContent = calls.length ? summary(epoch, calls)
+      : epoch < 0 ? "Before the first epoch nothing is invoked." : view.state.invocations ? "The ledger has nothing of this epoch any more."
+      : "This run is computed again here, without Lambda; the ledger is on the parameter server while it runs.";
+    at.timeline.hidden = at.call.hidden = at.callKeys.hidden = !calls.length;
+    if (calls.length && at.timeline.dataset.rows !== text) drawCalls(calls, at.calls.textContent);
+    at.timeline.dataset.rows = text;
+  }
+  // Where the bars stand: a step begins after the slowest of the step before it.
+  function placed(rows) {
+    const calls = rows.map(([batch, step, attempts, took]) => {
+      const [who, way, l, first] = step.split("/"), layer = Number(l), after = who === "TrainerLambda" ? 1 : 0;
+      const order = way === "forward" ? 2 * layer + after : way === "backward" ? 2 * (2 * layers - layer + 1) + after : way === "next" ? Infinity : 0;
+      return { batch, step, who, way, layer, first: Number(first), attempts, took, order };
+    }).sort((a, b) => (a.batch < 0) - (b.batch < 0) || a.batch - b.batch || a.order - b.order || a.first - b.first);
+    let latest = 0;
+    for (const batch of new Set(calls.map((call) => call.batch))) {
+      const own = calls.filter((call) => call.batch === batch);
+      let start = batch < 0 && own[0].way === "next" ? latest : 0;
+      for (const order of new Set(own.map((call) => call.order))) {
+        const stage = own.filter((call) => call.order === order);
+        stage.forEach((call, lane) => Object.assign(call, { start, lane, lanes: stage.length }));
+        start += Math.max(...stage.map(({ took }) => took ?? 0));
+      }
+      latest = Math.max(latest, start);
+    }
+    return calls;
+  }
+  const micros = (took) => (took === null ? "not finished" : `${took.toLocaleString("en")} µs`);
+  const told = ({ batch, step, attempts, took }) => `${step}${batch < 0 ? "" : ` of mini-batch ${batch}`}: ${micros(took)}, ${attempts} attempt${attempts === 1 ? "" : "s"}`;
+  function summary(epoch, calls) {
+    const finished = calls.filter(({ took }) => took !== null), again = calls.filter(({ attempts }) => attempts > 1);
+    const slowest = finished.reduce((a, b) => (b.took > (a?.took ?? -1) ? b : a), null);
+    const batches = new Set(calls.map(({ batch }) => batch).filter((batch) => batch >= 0)).size;
+    return `Epoch ${epoch + 1}, ${batches} of ${run.batches} mini-batches: ${calls.length} invocations, ${finished.length} finished, ${again.length} with more than one attempt (duplicates, or tried again)` +
+      (slowest ? `; the longest was ${told(slowest)}` : "") +
+      ". Lengths are the ledger's. It does not know how long a message waits, so that each step is drawn right after the slowest of the one before.";
+  }
+  function drawCalls(calls, label) {
+    const focus = document.activeElement?.dataset?.call;
+    const width = Math.max(280, at.timeline.clientWidth || 560), left = 62;
+    const batches = [...new Set(calls.map(({ batch }) => batch))], high = batches.length <= 2 ? 90 : batches.length <= 5 ? 54 : 30;
+    const low = 14, height = (batch) => (batch < 0 ? low : high); // the epoch's own row has at most two bars
+    const total = Math.max(1, ...calls.map(({ start, took }) => start + (took ?? 0))), X = (t) => left + (width - left - 8) * (t / total);
+    const name = ({ batch, step }) => `${batch}/${step}`;
+    const entry = calls.find((call) => name(call) === view.call) ?? calls[0];
+    const svg = make("svg", { viewBox: `0 0 ${width} ${batches.reduce((sum, batch) => sum + height(batch) + 6, 0) + 18}`, role: "listbox", "aria-label": label });
+    batches.forEach((batch, row) => svg.append(make("text", { x: 0, y: row * (high + 6) + height(batch) / 2 + 4, "aria-hidden": "true" }, batch < 0 ? "epoch" : `batch ${batch}`)));
+    const tell = (call) => { at.call.textContent = told(call); };
+    const show = (call) => {
+      view.call = name(call);
+      for (const one of svg.querySelectorAll("[data-call]")) {
+        one.setAttribute("tabindex", one.dataset.call === view.call ? 0 : -1);
+        one.setAttribute("aria-selected", String(one.dataset.call === view.call));
+      }
+      tell(call);
+    };
+    const open = ({ who, layer, first }) => { if (who === "NeuronLambda" && layer) choose(layer, first); };
+    const step = (event, call) => {
+      const here = calls.indexOf(call), row = batches.indexOf(call.batch);
+      const beside = (by) => calls.find((one) => one.batch === batches[row + by] && one.step === call.step);
+      const next = { ArrowRight: calls[here + 1], ArrowLeft: calls[here - 1], ArrowDown: beside(1), ArrowUp: beside(-1), Home: calls[0], End: calls.at(-1) };
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(call); }
+      if (!(event.key in next)) return;
+      event.preventDefault();
+      if (next[event.key]) svg.querySelector(`[data-call="${name(next[event.key])}"]`).focus();
+    };
+    for (const call of calls) {
+      const thick = height(call.batch) / call.lanes, y = batches.indexOf(call.batch) * (high + 6) + call.lane * thick;
+      const kind = ["forward", "backward"].includes(call.way) ? call.way : "neither";
+      svg.append(make("g", {
+        class: `call ${kind} ${call.took === null ? "open" : ""} ${call.attempts > 1 ? "again" : ""}`, role: "option", "data-call": name(call),
+        "aria-label": told(call), "aria-selected": String(call === entry), tabindex: call === entry ? 0 : -1,
+        onpointerenter: () => tell(call), onfocus: () => show(call), onclick: () => open(call), onkeydown: (event) => step(event, call),
+      }, make("rect", { x: X(call.start), y, height: Math.max(1, thick - (thick > 4 ? 1 : 0.3)), width: call.took === null ? 8 : Math.max(1.5, X(call.took) - left - 0.5) }), make("title", {}, told(call))));
+    }
+    const bottom = batches.reduce((sum, batch) => sum + height(batch) + 6, 0) + 12;
+    svg.append(make("text", { x: left, y: bottom, "aria-hidden": "true" }, "0 µs"), make("text", { x: width - 8, y: bottom, "text-anchor": "end", "aria-hidden": "true" }, `${total.toLocaleString("en")} µs`));
+    at.timeline.replaceChildren(svg);
+    tell(entry);
+    if (focus) svg.querySelector(`[data-call="${focus}"]`)?.focus();
   }
 
   // News
