@@ -17,6 +17,7 @@ if not CHROMIUM:
     pytest.skip("Chromium is not installed: apt-get install chromium", allow_module_level=True)
 
 from snn.backends.local.services import Services
+from snn.cloud.messages import Message
 from snn.data import h5 as data
 from snn.handlers.protocol import invocations_per_epoch
 from snn.live.host import hosted, stage_on
@@ -308,6 +309,13 @@ def look_at_timeline(page, plan, services) -> None:
     assert told.inner_text() == said("TrainerLambda/start/0/0")
     page.keyboard.press("ArrowRight")
     assert told.inner_text() == said(neuron) and bar.get_attribute("aria-selected") == "true"
+    duplicate = Message(
+        "NeuronLambda", "forward", plan.run, 0, 0, 1, int(neuron.split("/")[3])
+    )
+    assert services.store.open(duplicate).status == "finished"
+    page.locator(".call.again").wait_for()
+    assert told.inner_text() == said(neuron).replace("1 attempt", "2 attempts")
+    assert page.evaluate("() => document.activeElement.dataset.call") == f"0/{neuron}"
     timeline = page.get_by_role("listbox")
     assert "Epoch 1, 1 of 1 mini-batches" in timeline.get_attribute("aria-label")
     found = Axe().run(page).response["violations"]
