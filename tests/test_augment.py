@@ -32,7 +32,7 @@ from snn.lab.faults import (
 from snn.local.server import parameter_server
 from snn.maths import network, sampling
 from snn.maths.augment import augment, batch_inputs, dropout_mask, move
-from snn.maths.parameters import encode, from_dict, parse
+from snn.maths.parameters import encode, from_dict, parse, read
 from snn.replay.compute import message_of, replay
 from snn.replay.record import Record
 from snn.serve.model import Sources, load, model_id
@@ -382,3 +382,8 @@ def test_parameters_come_back_from_their_text():
         chosen = from_dict({**SMALL, **changes})
         assert parse(encode(chosen)) == chosen
         assert parse(msgspec.json.encode(chosen)) == chosen
+
+
+@pytest.mark.parametrize("name", ["parameters.json", "parameters-2018.json"])
+def test_a_run_with_shipped_settings_loses_at_most_half_a_minute(name, root):
+    assert read(root / name).checkpoint_seconds == 30
