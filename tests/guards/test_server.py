@@ -672,12 +672,12 @@ def test_a_layer_is_kept_if_it_takes_no_time_and_else_shared_with_who_is_idle(st
     assert queue.client.llen(QUEUE) == 3  # an epoch's mini-batches are for all
 
 
-def test_a_trainer_that_comes_twice_asks_its_layer_once(store):
+@pytest.mark.parametrize("kept", [False, True])  # in hand, the first time
+def test_a_trainer_that_comes_twice_asks_its_layer_once(store, kept):
     queue = Queue(store, workers=2)
-    for epoch in range(2):
-        fan_out(queue, epoch, WORTH / 100)
-    assert fan_out(queue, 2, WORTH / 100) == [5, 0, 0]  # kept in hand
-    queue.finish(trainer(2), [neuron(2, 0, first) for first in range(5)], 0.1)
+    fan_out(queue, 0, WORTH / 100 if kept else WORTH)
+    assert fan_out(queue, 1, WORTH / 100) == ([5, 0, 0] if kept else [0, 5, 0])
+    queue.finish(trainer(1), [neuron(1, 0, first) for first in range(5)], 0.1)
     queue.store.flush()
     assert queue.take("one", wait=0) == []
 

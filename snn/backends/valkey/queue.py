@@ -71,7 +71,7 @@ class InHand:
         self.members: dict[Group, set[int]] = {}  # that joined a barrier from here
         self.took: dict[tuple, float] = {}  # seconds of the last invocation of a layer
         self.kept: Group | None = None  # whose members are all in hand
-        self.before: deque[Group] = deque(maxlen=REMEMBERED)  # that were kept in hand
+        self.before: deque[Group] = deque(maxlen=REMEMBERED)  # that were asked from here
         self.unsent: set[Group] = set()  # that others may wait for
 
     def join(
@@ -98,10 +98,11 @@ class InHand:
         first = messages[0]
         took = self.took.get((first.run, first.direction, first.layer), WORTH)
         group = group_of(first, first.batch)
-        if len(messages) * took >= WORTH or group in self.before:
+        again = group in self.before
+        self.before.append(group)
+        if again or len(messages) * took >= WORTH:
             return False  # of a second time the server knows better: it sends nothing twice
         self.kept = group
-        self.before.append(group)
         return True
 
 # %% ../../../nbs/backends/valkey/02_queue.ipynb #1918850c
