@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'WAYS', 'NETWORK', 'TRAINING', 'HOUR', 'LEFT_OUT', 'Result', 'Record', 'weights', 'train', 'predict',
-           'latencies', 'logged', 'Reports', 'reports', 'measure', 'approve', 'examine', 'destroy', 'smoke', 'report']
+           'ask_to_measure', 'latencies', 'logged', 'Reports', 'reports', 'measure', 'approve', 'examine', 'destroy',
+           'smoke', 'report']
 
 # %% ../../nbs/deploy/14_smoke.ipynb #f5c50d2c
 import json
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
@@ -156,15 +157,36 @@ def predict(account: Account, stack: str, images: data.Datasets) -> Result:
 TRAINING = ("TrainerLambda", "NeuronLambda")
 
 
-def latencies(account: Account, stack: str) -> dict[str, list[float]]:
-    "What NeuronLambda has measured, in seconds; raises `RuntimeError`."
-    answer = account.client("lambda").invoke(
-        FunctionName=f"{stack}-NeuronLambda", Payload=b'{"state": "measure"}'
-    )
+def ask_to_measure(account: Account, stack: str) -> tuple[Any, bool, bool]:
+    "What NeuronLambda answers, has it failed, and was that for want of a place?"
+    client = account.client("lambda")
+    try:
+        answer = client.invoke(
+            FunctionName=f"{stack}-NeuronLambda", Payload=b'{"state": "measure"}'
+        )
+    except client.exceptions.TooManyRequestsException as error:
+        return str(error), True, True
     said = json.loads(answer["Payload"].read() or b"null")
-    if answer.get("FunctionError") or not isinstance(said, dict):
-        raise RuntimeError(f"{stack}-NeuronLambda could not measure: {said}")
-    return said
+    failed = bool(answer.get("FunctionError")) or not isinstance(said, dict)
+    return said, failed, failed and "HTTP 429" in str(said)
+
+
+def latencies(
+    account: Account,
+    stack: str,
+    every: float = 2.0,  # seconds between two tries
+    tries: int = 30,  # as long as functions of the run before may take to leave their places
+) -> dict[str, list[float]]:
+    "What NeuronLambda has measured, in seconds; raises `RuntimeError`."
+    said = None
+    for _ in range(tries):
+        said, failed, full = ask_to_measure(account, stack)
+        if not failed:
+            return said
+        if not full:
+            break
+        time.sleep(every)
+    raise RuntimeError(f"{stack}-NeuronLambda could not measure: {said}")
 
 
 def logged(account: Account, stack: str, function: str) -> list[dict]:

@@ -1,8 +1,13 @@
 """The smoke test goes on where it stopped, and says what it did not try. tests/fresh runs all of it."""
 
+import json
+from io import BytesIO
 from types import SimpleNamespace
 
+import boto3
 import pytest
+from botocore.response import StreamingBody
+from botocore.stub import Stubber
 
 from snn.deploy import smoke as smoking
 from snn.deploy.smoke import Record, Result, report, smoke
@@ -75,3 +80,36 @@ def test_without_an_address_for_mails_nothing_is_touched(snn, tmp_path):
     code, _, errors = snn("smoke", "--record", tmp_path / "smoke.json")
     assert code == 2 and "--email says who is told" in errors.replace("\n", " ")
     assert not (tmp_path / "smoke.json").exists()
+
+
+def said(value, **more):
+    "What the API of Lambda answers."
+    content = json.dumps(value).encode()
+    return {
+        "StatusCode": 200,
+        "Payload": StreamingBody(BytesIO(content), len(content)),
+        **more,
+    }
+
+
+def test_measuring_waits_for_a_place_and_for_nothing_else():
+    client = boto3.client("lambda", region_name="eu-west-1")
+    account = SimpleNamespace(client=lambda service: client)
+    full = {"errorMessage": "Proxy target returned HTTP 429: Rate Exceeded"}
+    with Stubber(client) as stub:
+        stub.add_client_error("invoke", "TooManyRequestsException")
+        stub.add_response("invoke", said(full, FunctionError="Unhandled"))
+        stub.add_response("invoke", said({"deliver": [0.02]}))
+        assert smoking.latencies(account, "scratch", every=0) == {"deliver": [0.02]}
+        stub.add_response(
+            "invoke", said({"errorMessage": "no cache"}, FunctionError="Unhandled")
+        )
+        with pytest.raises(
+            RuntimeError, match="scratch-NeuronLambda could not measure.*no cache"
+        ):
+            smoking.latencies(account, "scratch", every=0)
+        for _ in range(2):
+            stub.add_response("invoke", said(full, FunctionError="Unhandled"))
+        with pytest.raises(RuntimeError, match="429"):
+            smoking.latencies(account, "scratch", every=0, tries=2)
+        stub.assert_no_pending_responses()
