@@ -31,10 +31,11 @@ def _table(timings: list) -> Table:
         "ms per epoch",
         "fastest",
         "slowest",
-        "times NumPy",
-        "by neuron",
+        "to NumPy",
+        "to loop",  # of single neurons
         "invocations",
         box=None,
+        pad_edge=False,
     )
     for t in timings:
         table.add_row(
