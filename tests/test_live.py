@@ -121,6 +121,61 @@ def watched(parameters, small_data, tmp_path_factory):
     return stages[0], folder
 
 
+def break_it(stage, cloud, until) -> dict:
+    "Ask for a fault of each kind before the run has begun; returns what became of them, when all are over."
+    workers, found = dict(cloud.workers.processes), []
+    ask = TestClient(create(stage)).post
+    for asked in ({"kind": kind, "layer": l, "neuron": i} for kind, l, i in FAULTS):
+        found.append(ask("/fault", params={"token": stage.token}, content=json.dumps(asked)))
+    seen, missing = stage.pace.faults(stage.pace.services), {}
+
+    def over() -> bool:
+        state = stage.watcher.state
+        faults = state.get("faults", [])
+        for fault in faults:
+            if fault["stage"] == "struck" and fault["epoch"] == state["epoch"] + 1:
+                missing[fault["kind"]] = fault["step"] not in state["steps"][fault["batch"]]
+        return [fault["stage"] for fault in faults] == ["over"] * len(FAULTS)
+
+    stage.pace.release()
+    until(over, "all faults are over", 120)
+    name = stage.pace.services.runs.newest(stage.name)
+    return {
+        "replies": [reply.json() for reply in found],
+        "asked": seen,
+        "missing": missing,
+        "over": stage.watcher.state["faults"],
+        "ends": [process.poll() for process in workers.values()],
+        "mended": stage.pace.services.runs.counted(name, "mended"),
+        "duplicates": stage.watcher.state["duplicates"],
+    }
+
+
+FAULTS = [("kill", 2, 1), ("delay", 1, 3), ("duplicate", 1, 0)]
+
+
+@pytest.fixture(scope="module")
+def broken(watched, small_data, until):
+    "The same training again, in which an onlooker delays, doubles and kills an invocation."
+    chosen, folder, stages = watched[0].film.model.parameters, watched[1], []
+    thread = ThreadPoolExecutor(1)
+
+    def begun(cloud, run):
+        own = lambda: Services(cloud.workers.environment)
+        cloud.workers.pace.hold()
+        onlooker = Onlooker(run, cloud.workers.pace, own())
+        stages.append(stage_on(run, own(), chosen, data.read(small_data), onlooker))
+        stages[0].broken = thread.submit(break_it, stages[0], cloud, until)
+        stages[0].broken.add_done_callback(lambda _: onlooker.release())
+
+    def report(progress):
+        if progress.status.state != "running":
+            stages[0].watcher.thread.join(60)
+
+    training.train(chosen, small_data, folder / "broken", report, begun=begun)
+    return stages[0].broken.result(), folder
+
+
 @pytest.fixture(scope="module")
 def ended(watched, small_data):
     "The same run, looked at when it has ended."
@@ -137,6 +192,32 @@ def browser(ended):
 def test_a_watched_training_has_the_same_bytes(watched):
     _, folder = watched
     assert arrays(folder / "watched" / "params.h5") == arrays(folder / "alone" / "params.h5")
+
+
+def test_a_training_that_is_delayed_doubled_and_killed_has_the_same_bytes(broken):
+    _, folder = broken
+    assert arrays(folder / "broken" / "params.h5") == arrays(folder / "alone" / "params.h5")
+
+
+def test_each_fault_strikes_the_next_invocation_of_its_neuron(broken):
+    found, _ = broken
+    named = [(fault["kind"], fault["layer"], fault["neuron"]) for fault in found["over"]]
+    assert named == FAULTS and [fault["stage"] for fault in found["asked"]] == ["asked"] * 3
+    assert [tuple(reply.values()) for reply in found["replies"]] == FAULTS
+    for fault in found["over"]:
+        where = f"NeuronLambda/forward/{fault['layer']}/{fault['neuron']}"
+        assert (fault["epoch"], fault["step"]) == (0, where)
+
+
+def test_a_worker_is_really_killed_and_the_watchdog_mends_the_run(broken):
+    found, _ = broken
+    assert -signal.SIGKILL in found["ends"] and found["mended"] >= 1
+    assert found["missing"] == {"kill": True, "delay": True}  # at its barrier, meanwhile
+
+
+def test_what_is_delivered_twice_is_counted_twice(broken):
+    found, _ = broken
+    assert found["over"][2]["attempts"] != 1 and found["duplicates"] >= 1
 
 
 def test_a_run_goes_on_by_a_neuron_a_layer_a_mini_batch_or_an_epoch(watched):
@@ -178,6 +259,10 @@ def test_a_run_that_has_ended_can_not_be_held_back(browser, ended):
     assert "has ended" in ask(b'{"do": "hold"}').text
     assert ask(b'{"do": "step", "unit": "month"}').status_code == 400
     assert browser.post("/pace", content=b'{"do": "hold"}').status_code == 403
+    fault = b'{"kind": "kill", "layer": 1, "neuron": 0}'
+    assert browser.post("/fault", content=fault).status_code == 403
+    refused = browser.post("/fault", params={"token": ended.token}, content=fault)
+    assert refused.status_code == 400 and "has ended" in refused.text
 
 
 def test_the_last_frame_is_the_model(watched):

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from .arrays import key, tag
 from .interfaces import Entry, Incomplete, Records
-from .messages import ALL, Plan, Resumption, Upload
+from .messages import ALL, Message, Plan, Resumption, Upload
 
 # %% ../../nbs/cloud/05_runs.ipynb #2dec3871
 class Status(Struct, omit_defaults=False):
@@ -176,6 +176,17 @@ class Runs:
         self.store.set(where, {"progress": progress, "since": now})
         self.store.flush()
         return 0.0
+
+    def stood_still(self, run: str) -> float:
+        "Seconds since progress was last seen to change, as `note_progress` has it."
+        (since,) = self.store.get(f"{tag(run)}:run", "since")
+        return time.time() - float(since) if since else 0.0
+
+    def is_over(self, message: Message) -> bool:
+        "Is a piece of work done, or its epoch?"
+        where = key(message.run, message.batch, message.epoch)
+        (end,) = self.store.get(where, f"finished:{message.step}")
+        return end is not None or self.status(message.run).epoch >= message.epoch
 
     def finished_steps(self, run: str, batch: int, epoch: int) -> set[str]:
         "Steps of a mini-batch, or of the epoch, that are finished."

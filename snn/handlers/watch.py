@@ -6,6 +6,8 @@
 __all__ = ['waits_for', 'mend', 'lost', 'progress', 'watch']
 
 # %% ../../nbs/handlers/05_watch.ipynb #01165410
+from math import inf
+
 from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.services import Services
 from ..cloud.telemetry import note
@@ -80,6 +82,7 @@ def progress(
 def watch(
     services: Services,
     bucket_name: str = "",  # if not given, the environment's SNN_BUCKET; without one, no bucket is looked into
+    patience: float = inf,  # seconds without progress, where a run's own `stall_after` is more
 ) -> None:
     "Look after all runs once."
     for run in services.runs.names():
@@ -89,10 +92,8 @@ def watch(
         if services.runs.newest(plan.name) != run:
             continue  # taken up again, whatever its status says
         services.bus.ready(plan)
-        if (
-            services.runs.note_progress(run, progress(plan, services))
-            >= plan.parameters.stall_after
-        ):
+        still = services.runs.note_progress(run, progress(plan, services))
+        if still >= min(patience, plan.parameters.stall_after):
             mend(plan, services)
     bucket_name = bucket_name or services.environment.get("SNN_BUCKET", "")
     for name in lost(services, bucket_name) if bucket_name else []:

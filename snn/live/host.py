@@ -36,9 +36,8 @@ def stage_on(
     X, Y = datasets.train_x[kept], datasets.train_y[kept]
     mean = training_mean(parameters, X.reshape(len(X), -1))
     model = Model(parameters, [], datasets.classes, datasets.size, mean=mean)
-    watcher = Watcher(
-        Film(model, datasets.test_x, datasets.test_y), look_at_run(run, services)
-    )
+    look = look_at_run(run, services, *([pace.faults] if pace else []))
+    watcher = Watcher(Film(model, datasets.test_x, datasets.test_y), look)
     return Stage(watcher, run, X, Y, pace)
 
 # %% ../../nbs/live/07_host.ipynb #1eaf4dc2

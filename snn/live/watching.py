@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'weights_now', 'steps_now', 'invocations_of', 'finished_of', 'Watcher', 'look_at_run', 'steps_done', 'go_on',
-           'Onlooker', 'walk_again']
+           'outcome', 'Onlooker', 'walk_again']
 
 # %% ../../nbs/live/02_watching.ipynb #e616474e
 import threading
 import time
 from collections.abc import Callable
+from math import ceil
 
 import numpy as np
 import redis
@@ -140,6 +141,7 @@ class Watcher:
 def look_at_run(
     run: str,
     services: Services,  # of the watcher alone
+    faults: Callable[[Services], list[dict]] = lambda services: [],  # see `Onlooker.faults`
 ) -> Callable[[Watcher], bool]:
     "A look at a run on a parameter server."
 
@@ -168,6 +170,7 @@ def look_at_run(
                 steps=[] if ended else finished_of(plan, rows),
                 invocations={f: count.attempts for f, count in counts.items()},
                 duplicates=sum(count.duplicates for count in counts.values()),
+                faults=faults(services),
             )
             return not ended
         except (redis.RedisError, Incomplete):
@@ -208,6 +211,24 @@ def go_on(
     while pace.held and steps_done(unit, plan, services) == before and running():
         pace.let_one()
 
+# %% ../../nbs/live/02_watching.ipynb #dd5a02b8
+def outcome(
+    fault,  # asked for, see `snn.local.pace.Fault`
+    services: Services,
+) -> dict:
+    "How far a fault is: asked, struck or over; which invocation it has struck; seconds that are left."
+    found = {"kind": fault.kind, "layer": fault.layer, "neuron": fault.neuron}
+    if (message := fault.message) is None:
+        return {**found, "stage": "asked"}
+    where = {name: getattr(message, name) for name in ("epoch", "batch", "step")}
+    found |= {**where, "way": message.direction}
+    if services.runs.is_over(message):
+        attempts = services.ledger.entry(message).attempts
+        return {**found, "stage": "over", "attempts": attempts}
+    since_then = services.runs.stood_still(message.run)  # what the watchdog goes by
+    waited = since_then if fault.kind == "kill" else time.time() - fault.when
+    return {**found, "stage": "struck", "left": max(0, ceil(fault.seconds - waited))}
+
 # %% ../../nbs/live/02_watching.ipynb #51d07a03
 class Onlooker:
     "Somebody who looks on, and may hold a run on this machine back."
@@ -218,8 +239,9 @@ class Onlooker:
         pace,  # of its cloud, see `snn.local.worker.Pace`
         services: Services,  # of the onlooker alone
     ):
-        self.run, self.pace, self.services = run, pace, services
+        self.run, self.pace, self.services, self.over = run, pace, services, {}
         self.hold, self.release, self.lock = pace.hold, pace.release, threading.Lock()
+        self.strike = pace.faults.ask
 
     @property
     def held(self) -> bool:
@@ -234,6 +256,16 @@ class Onlooker:
             if not self.services.runs.knows(name):
                 return self.pace.let_one(0.2)  # it has not begun
             go_on(unit, self.services.runs.plan(name), self.services, self.pace)
+
+    def faults(self, services: Services) -> list[dict]:
+        "What was asked to go wrong, oldest first, and what has become of it."
+        found = []
+        for fault in self.pace.faults.all():
+            told = self.over.get(fault.name) or outcome(fault, services)
+            if told["stage"] == "over":
+                self.over[fault.name] = told
+            found.append(told)
+        return found
 
 # %% ../../nbs/live/02_watching.ipynb #4d275086
 def walk_again(

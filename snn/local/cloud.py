@@ -24,8 +24,9 @@ from ..backends.valkey.queue import DEAD, IDLE, QUEUE, meant_for, taken_by
 from ..backends.valkey.store import PATIENCE, connect
 from ..cloud.interfaces import Refusing
 from ..cloud.messages import Envelope, Upload
+from .pace import DONE, LEAVE
 from .server import answers, listens_at, parameter_server, start_aws
-from .worker import DONE, LEAVE, Workers
+from .worker import Workers
 from ..maths.parameters import Parameters
 
 # %% ../../nbs/local/03_cloud.ipynb #7f8280af

@@ -232,6 +232,10 @@ class Queue(Bus):
                 count += 1
         return count
 
+    def drop(self, envelope: Envelope) -> None:
+        "Let go of a message in hand for good: if this worker dies, nobody puts it back."
+        self.valkey.now("LREM", self.in_flight, 0, msgspec.json.encode(envelope))
+
     def bury(self, envelope: Envelope, reason: str) -> None:
         "Put a message that failed too often aside, with the reason."
         self.valkey.later(

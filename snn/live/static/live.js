@@ -65,13 +65,14 @@ export function httpSource() {
     if (!reply.ok) throw new Error(await reply.text());
     return reply;
   };
+  const post = async (path, asked) =>
+    (await checked(await fetch(address(path), { method: "POST", body: JSON.stringify(asked) }))).json();
   return {
     json: async (path, query) => (await checked(await fetch(address(path, query)))).json(),
     bytes: async (path, query) => (await checked(await fetch(address(path, query)))).arrayBuffer(),
-    fork: async (asked) =>
-      (await checked(await fetch(address("fork"), { method: "POST", body: JSON.stringify(asked) }))).json(),
-    pace: async (asked) =>
-      (await checked(await fetch(address("pace"), { method: "POST", body: JSON.stringify(asked) }))).json(),
+    fork: (asked) => post("fork", asked),
+    pace: (asked) => post("pace", asked),
+    fault: (asked) => post("fault", asked),
     events: (tell) => {
       const stream = new EventSource(address("events"));
       stream.onmessage = (event) => tell(JSON.parse(event.data));
@@ -169,6 +170,7 @@ export async function mount(element, source) {
   });
   const view = {
     epoch: 0, following: true, playing: false, picture: test[0], chosen: { layer: 1, neuron: 0 },
+    pixel: { row: Math.floor(run.size / 2), column: Math.floor(run.size / 2) }, gradient: null, calls: null,
     silent: new Set(), changes: new Map(), state: { frames: [], costs: [], steps: [] }, network: null, first: null, fork: null,
   };
   const known = new Map(); // frames by epoch
@@ -233,7 +235,11 @@ export async function mount(element, source) {
         make("span", { class: "key" }, make("i", { style: "border: 2px dashed var(--soft)" }), "begun, not finished"),
         make("span", { class: "key" }, make("i", { style: "border: 2px solid var(--ink)" }), "more than one attempt")))),
     make("section", { class: "card", "aria-label": "the chosen neuron" },
-      part("numbers", "div"), make("h3", {}, "Backward"), part("back", "div"),
+      part("numbers", "div"), part("pixel", "div"), make("h3", {}, "Backward"), part("back", "div"),
+      make("h3", {}, "Its Lambda"), part("own", "div"), part("faultHint", "p", { class: "soft" }),
+      part("faults", "div", { class: "bar", role: "group", "aria-label": "what happens to its next invocation" },
+        ...[["delay", "Delay it"], ["duplicate", "Deliver it twice"], ["kill", "Kill it"]].map(([kind, name]) => make("button", { type: "button", onclick: () => askFault(kind) }, name))),
+      part("struck", "ul", { class: "soft struck", role: "status" }), part("barriers", "div"),
       part("whatIf", "div", { class: "whatif" })),
   );
   test.slice(0, 24).forEach((picture) => {
@@ -320,6 +326,7 @@ export async function mount(element, source) {
     } catch { at.news.textContent = `${file.name} is not a picture that this browser can read.`; }
   }
   function choose(layer, neuron) { view.chosen = { layer, neuron }; draw(); }
+  function choosePixel(row, column) { view.pixel = { row, column }; draw(); }
   function silence() {
     const name = `${view.chosen.layer}/${view.chosen.neuron}`;
     if (!view.silent.delete(name)) view.silent.add(name);
@@ -377,6 +384,7 @@ export async function mount(element, source) {
     const svg = make("svg", { viewBox: "0 0 620 390", role: "group", "aria-label": "neurons, layer by layer" });
     const canvas = make("canvas", { style: "width: 110px; height: 110px", role: "img", "aria-label": view.picture.name });
     showPicture(canvas, view.picture.pixels, run.size);
+    const hit = new Map(underWay().map((fault) => [`${fault.layer}/${fault.neuron}`, fault.kind === "kill" ? "killed" : "delayed"]));
     for (let layer = 2; layer <= layers; layer++) {
       const { W } = view.shown[layer - 1], width = run.sizes[layer - 1];
       let largest = 1e-9;
@@ -401,9 +409,9 @@ export async function mount(element, source) {
         const radius = Math.min(9, 100 / Math.min(run.sizes[layer], SHOWN) + 1);
         const lit = finished(layer, i), chosen = view.chosen.layer === layer && view.chosen.neuron === i;
         const node = make("g", {
-          class: `node ${lit} ${chosen ? "chosen" : ""} ${view.silent.has(name) ? "silent" : ""}`, role: "button",
+          class: `node ${lit} ${chosen ? "chosen" : ""} ${view.silent.has(name) ? "silent" : ""} ${hit.has(name) ? "hit" : ""}`, role: "button",
           tabindex: chosen ? 0 : -1, "data-node": name, "aria-pressed": String(chosen),
-          "aria-label": `neuron ${i} of layer ${layer}, activation ${digits(a)}${lit ? `, ${lit} step finished` : ""}${view.silent.has(name) ? ", silenced" : ""}`,
+          "aria-label": `neuron ${i} of layer ${layer}, activation ${digits(a)}${lit ? `, ${lit} step finished` : ""}${view.silent.has(name) ? ", silenced" : ""}${hit.has(name) ? `, its invocation is ${hit.get(name)}` : ""}`,
           onclick: () => choose(layer, i), onkeydown: (event) => steer(event, layer, i),
         },
         make("circle", { class: "light", cx: x, cy: y, r: radius + 2 }),
@@ -414,7 +422,7 @@ export async function mount(element, source) {
       if (run.sizes[layer] > SHOWN) svg.append(make("text", { x: column, y: 385, "text-anchor": "middle", class: "soft" }, `${run.sizes[layer] - SHOWN} more`));
     }
     const sheet = make("div", { class: "sheet", style: "flex-wrap: nowrap; align-items: center" },
-      make("figure", {}, canvas, make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg);
+      make("figure", {}, view.chosen.layer === 1 ? pixels(canvas) : canvas, make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg);
     at.drawing.replaceChildren(sheet);
     if (focus) at.drawing.querySelector(`[data-node="${focus}"]`)?.focus();
   }
@@ -452,8 +460,8 @@ export async function mount(element, source) {
       const first = view.first[0].W.subarray(neuron * width, (neuron + 1) * width);
       weightPicture(change, row.map((w, i) => w - first[i]), run.size);
       content.push(make("div", { class: "sheet" },
-        make("figure", {}, now, make("figcaption", {}, "weights: one for each colour of each pixel")),
-        make("figure", {}, change, make("figcaption", {}, "what the training has changed in them"))));
+        make("figure", {}, pixels(now), make("figcaption", {}, "weights: one for each colour of each pixel")),
+        make("figure", {}, pixels(change), make("figcaption", {}, "what the training has changed in them"))));
     }
     const order = Array.from(row.keys()).sort((i, j) => Math.abs(row[j] * before[j]) - Math.abs(row[i] * before[i])).slice(0, 6);
     const rows = order.map((j) => make("tr", {}, ...[j, digits(row[j]), digits(before[j]), digits(row[j] * before[j])].map((x) => make("td", {}, String(x)))));
@@ -462,11 +470,54 @@ export async function mount(element, source) {
       make("p", {}, `a = ${run.activations[layer - 1]}(z) = ${digits(a)}${silenced ? ", silenced" : ""}`),
       make("details", at.numbers.querySelector("details")?.open ? { open: "" } : {}, make("summary", { class: "soft" }, `the largest of its ${width.toLocaleString("en")} terms`),
         make("table", {}, make("thead", {}, make("tr", {}, ...["input", "w", "a before", "w · a"].map((x) => make("th", { scope: "col" }, x)))), make("tbody", {}, ...rows))));
-    if (view.state.state === "running") content.push(make("p", { class: "soft" },
-      `Its invocations in epoch ${view.state.epoch + 1}, which is under way: ${finished(layer, neuron) || "none"} finished.`));
+    const reading = at.numbers.contains(document.activeElement); // its only control opens the terms
     at.numbers.replaceChildren(...content);
+    if (reading) at.numbers.querySelector("summary").focus();
+    drawPixel(layer, neuron, row, before);
     drawBackward(layer, neuron, width);
+    drawLambda(layer, neuron);
     drawWhatIf(layer, neuron, width, silenced);
+  }
+
+  // One pixel: three of the weights of a neuron of layer 1
+  const COLOURS = ["red", "green", "blue"];
+  // A picture of numbers on which a pixel is chosen, with a mark where it is.
+  function pixels(canvas) {
+    const { row, column } = view.pixel, middle = (i) => `${(100 * (i + 0.5)) / run.size}%`;
+    const pick = ({ clientX, clientY }) => {
+      const box = canvas.getBoundingClientRect(), index = (x) => Math.max(0, Math.min(run.size - 1, Math.floor(run.size * x)));
+      choosePixel(index((clientY - box.top) / box.height), index((clientX - box.left) / box.width));
+    };
+    return make("div", { class: "pixels", onclick: pick }, canvas, make("i", { class: "mark", style: `left: ${middle(column)}; top: ${middle(row)}` }));
+  }
+  function buildPixel() {
+    const where = (name) => make("input", {
+      type: "number", min: 0, max: run.size - 1, step: 1, "aria-label": `${name} of the pixel`,
+      oninput: ({ target }) => { if (target.checkValidity() && target.value) choosePixel(...["row", "column"].map((axis) => (axis === name ? target.valueAsNumber : view.pixel[axis]))); },
+    });
+    const found = { row: where("row"), column: where("column"), table: make("tbody"), knobs: COLOURS.map((colour) => knob(null, colour, `${colour} weight of the pixel`)) };
+    at.pixel.replaceChildren(make("h3", {}, "One pixel"),
+      make("p", { class: "pixel" }, make("label", {}, "row ", found.row), make("label", {}, "column ", found.column), make("span", { class: "soft" }, "or click into a picture")),
+      make("table", {}, make("thead", {}, make("tr", {}, ...["", "w", "pixel", "a", "w · a", "dw"].map((x) => (x ? make("th", { scope: "col" }, x) : make("td"))))), found.table),
+      make("div", { class: "knobs", role: "group", "aria-label": "weights of the pixel" }, ...found.knobs.map(({ line }) => line)));
+    return found;
+  }
+  let pixel = null; // what stands there, once a neuron of layer 1 was chosen
+  function drawPixel(layer, neuron, weights, input) {
+    at.pixel.hidden = layer !== 1;
+    if (layer !== 1) return;
+    pixel ??= buildPixel();
+    const first = 3 * (view.pixel.row * run.size + view.pixel.column);
+    for (const axis of ["row", "column"]) if (document.activeElement !== pixel[axis]) pixel[axis].value = view.pixel[axis];
+    const dw = view.gradient?.of === `${view.epoch}/1/${neuron}` ? view.gradient.dw : null;
+    const line = (name, ...cells) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((x) => make("td", {}, x)));
+    let sum = 0;
+    pixel.table.replaceChildren(...COLOURS.map((colour, c) => {
+      const j = first + c, w = weights[j], a = input[j];
+      sum += w * a;
+      return line(colour, digits(w), String(view.picture.pixels[j]), digits(a), digits(w * a), digits(dw?.[j]));
+    }), line("together", "", "", "", digits(sum), ""));
+    pixel.knobs.forEach((row, c) => { row.weight = first + c; showKnob(row, 1, neuron, weights.length); });
   }
   let asked = "";
   async function drawBackward(layer, neuron, width) {
@@ -488,6 +539,8 @@ export async function mount(element, source) {
         const canvas = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "the gradient of its weights as a picture" });
         weightPicture(canvas, dw, run.size);
         back.append(make("figure", {}, canvas, make("figcaption", {}, "dw: how the cost changes with each weight")));
+        view.gradient = { of: mine, dw };
+        if (view.chosen.layer === 1) drawPixel(1, neuron, view.shown[0].W.subarray(neuron * width, (neuron + 1) * width), view.picture.input);
       } else {
         back.append(make("p", { class: "soft" }, `largest |dw| ${digits(dw.reduce((m, x) => Math.max(m, Math.abs(x)), 0))} of ${width}`));
       }
@@ -498,19 +551,87 @@ export async function mount(element, source) {
     }
   }
 
+  // Its Lambda, and what may happen to it
+  const underWay = () => (view.state.faults ?? []).filter(({ stage }) => stage === "struck");
+  const canBreak = () => Boolean(run.paced && source.fault && ["waiting", "running"].includes(view.state.state));
+  async function askFault(kind) {
+    try { await source.fault({ kind, ...view.chosen }); } catch (error) { at.news.textContent = error.message; }
+  }
+  // What has become of a fault, and the seconds that are left: these are not read aloud again and again.
+  function faultInWords({ kind, layer, neuron, stage, step, batch, epoch, attempts, left }) {
+    const name = { delay: "Delay", duplicate: "Second delivery", kill: "Kill" }[kind];
+    if (stage === "asked") return [`${name}: waits for the next invocation of neuron ${neuron} of layer ${layer}.`];
+    const call = `${step} of mini-batch ${batch}, epoch ${epoch + 1}.`;
+    if (kind === "duplicate") return [`Delivered twice: ${call} ` + (stage === "struck" ? "It is under way." : attempts > 1 ? `The ledger has ${attempts} attempts, and one result.` : "The second found the work done, and changed nothing.")];
+    if (kind === "delay") return stage === "over" ? [`Delayed: ${call} It came late, and the barrier waited.`]
+      : [`Delayed: ${call} The barrier waits.`, left ? `It comes in ${left} s.` : "It is due."];
+    const killed = `Killed: ${call} The worker process was killed with it in hand, before it had computed anything. Another process takes its place, but the message is lost.`;
+    return stage === "over" ? [`${killed} The watchdog found that the run stood still, and sent it again.`]
+      : [killed, view.state.held ? "The training is held: the watchdog looks when it goes on, or while a step waits for this neuron." : `Waiting for the watchdog, ${left} s.`];
+  }
+  function drawLambda(layer, neuron) {
+    const whole = { neuron: "", layer: " One Lambda computes the whole layer.", network: " One Lambda computes the whole network for a mini-batch." }[run.granularity];
+    drawOwn(layer, neuron);
+    at.faults.hidden = !canBreak();
+    at.faultHint.hidden = !source.fault;
+    at.faultHint.textContent = canBreak() ? `What shall happen to its next invocation? The run's weights stay the same, to the byte.${whole}`
+      : "While snn train --live trains a run, this Lambda can be delayed, delivered twice or killed here.";
+    const lines = (view.state.faults ?? []).slice(-4).map(faultInWords), text = JSON.stringify(lines);
+    if (at.struck.dataset.text !== text) at.struck.replaceChildren(...lines.map(([said, left]) => make("li", {}, `${said} `, ...(left ? [make("span", { "aria-hidden": "true" }, left)] : []))));
+    at.struck.dataset.text = text;
+    drawBarriers();
+  }
+  // The barrier that a mini-batch waits at: who has joined it, of how many.
+  function barrierOf(batch) {
+    const all = Array.from({ length: layers }, (_, l) => l + 1), size = (layer) => (run.granularity === "layer" ? 1 : run.sizes[layer]);
+    const order = [...all.map((layer) => ["forward", layer]), ...all.reverse().map((layer) => ["backward", layer])];
+    for (const [way, layer] of order) {
+      const joined = new Set(view.state.steps[batch].map((step) => step.split("/")).filter(([who, w, l]) => who === "NeuronLambda" && w === way && Number(l) === layer).map(([, , , first]) => Number(first)));
+      if (joined.size < size(layer)) return { batch, way, layer, joined, of: size(layer) };
+    }
+    return null;
+  }
+  function drawBarriers() {
+    const steps = view.state.steps ?? [], now = view.state.epoch + 1;
+    const hit = underWay().filter(({ epoch, batch }) => epoch === now && batch < steps.length).map(({ batch }) => batch);
+    const begun = view.state.held ? [...steps.keys()].filter((batch) => steps[batch].length) : [];
+    const shown = run.granularity === "network" ? [] : [...new Set([...hit, ...begun])].slice(0, 4).map(barrierOf).filter(Boolean);
+    at.barriers.replaceChildren(...shown.map(({ batch, way, layer, joined, of }) => {
+      const missing = [...Array(of).keys()].filter((i) => !joined.has(i));
+      const who = run.granularity === "layer" ? "the layer's Lambda" : missing.length === 1 ? `neuron ${missing[0]}` : missing.length <= 8 ? `neurons ${missing.join(", ")}` : `${missing.length} neurons`;
+      const dots = [...Array(Math.min(of, SHOWN)).keys()].map((i) => make("i", { class: joined.has(i) ? way : "missing" }));
+      return make("p", { class: "barrier" }, `Barrier of layer ${layer}, ${way}, mini-batch ${batch}: ${joined.size} of ${of} ${of === 1 ? "has" : "have"} joined, missing: ${who}.`,
+        make("span", { class: "dots", "aria-hidden": "true" }, ...dots));
+    }));
+  }
+  // Its invocations of the epoch on show, as the ledger has them.
+  function drawOwn(layer, neuron) {
+    const { epoch, calls } = view.calls ?? { calls: [] };
+    const mine = calls.filter(({ who, way, layer: l, first }) => who === "NeuronLambda" && (way === "network" || (l === layer && (run.granularity === "layer" || first === neuron))));
+    const ways = run.granularity === "network" ? ["network"] : ["forward", "backward"];
+    const cell = (call) => (call ? `${micros(call.took)}${call.attempts > 1 ? `, ${call.attempts} attempts` : ""}` : "–");
+    const rows = [...new Set(mine.map(({ batch }) => batch))].map((batch) => make("tr", {}, make("th", { scope: "row" }, `mini-batch ${batch}`),
+      ...ways.map((way) => make("td", {}, cell(mine.find((call) => call.batch === batch && call.way === way))))));
+    at.own.replaceChildren(...(rows.length ? [make("p", {}, `Its invocations in epoch ${epoch + 1}${view.calls.open ? ", which is under way" : ""}:`),
+      make("table", {}, make("thead", {}, make("tr", {}, make("td"), ...ways.map((way) => make("th", { scope: "col" }, way)))), make("tbody", {}, ...rows))] : []));
+  }
+
   // A thought experiment
   let knobs = { of: "" }; // what can be turned at the chosen neuron, and the neuron
+  function knob(weight, short, name) {
+    const range = make("input", { type: "range", "aria-label": name, oninput: () => setWeight(found.weight, range.valueAsNumber) });
+    const number = make("input", { type: "number", step: "any", "aria-label": `${name.split(", from")[0]}, as a number`, oninput: () => setWeight(found.weight, number.valueAsNumber) });
+    const found = { weight, range, number, line: make("div", { class: "knob" }, make("span", { "aria-hidden": "true" }, short), range, number) };
+    return found;
+  }
   function buildWhatIf(layer, neuron, width) {
-    const name = (weight) => (weight === "bias" ? "bias" : weight === "scale" ? "all weights, times" : `weight ${weight}`);
     const { W } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
     const largest = Array.from(row.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, SHOWN);
     const weights = layer === 1 ? ["bias", "scale"] : ["bias", ...largest.sort((i, j) => i - j)];
     knobs = { of: `${layer}/${neuron}`, rows: weights.map((weight) => {
-      const from = typeof weight === "number" ? `, from neuron ${weight} of layer ${layer - 1}` : "";
-      const range = make("input", { type: "range", "aria-label": `${name(weight)}${from}`, oninput: () => setWeight(weight, range.valueAsNumber) });
-      const number = make("input", { type: "number", step: "any", "aria-label": `${name(weight)}, as a number`, oninput: () => setWeight(weight, number.valueAsNumber) });
-      const line = make("div", { class: "knob" }, make("span", { "aria-hidden": "true" }, weight === "scale" ? "all w ×" : weight === "bias" ? "b" : `w${weight}`), range, number);
-      return { weight, range, number, line };
+      if (weight === "bias") return knob(weight, "b", "bias");
+      if (weight === "scale") return knob(weight, "all w ×", "all weights, times");
+      return knob(weight, `w${weight}`, `weight ${weight}, from neuron ${weight} of layer ${layer - 1}`);
     }) };
     knobs.silence = make("button", { type: "button", onclick: silence });
     knobs.result = make("p", { role: "status" });
@@ -530,8 +651,9 @@ export async function mount(element, source) {
     const value = change?.value ?? (weight === "scale" ? 1 : weight === "bias" ? b[neuron] : row[weight]);
     let reach = 2;
     if (weight !== "scale") {
-      const largest = layer === 1 ? Math.abs(b[neuron]) : row.reduce((m, w) => Math.max(m, Math.abs(w)), Math.abs(b[neuron]));
-      reach = 2 ** Math.ceil(Math.log2(Math.max(0.5, 1.5 * largest)));
+      const largest = row.reduce((m, w) => Math.max(m, Math.abs(w)), 0), mine = Math.abs(b[neuron]);
+      const wanted = layer > 1 ? Math.max(0.5, 1.5 * largest, 1.5 * mine) : weight === "bias" ? Math.max(0.5, 1.5 * mine) : 8 * largest || 0.5;
+      reach = 2 ** Math.ceil(Math.log2(wanted)); // one of thousands of weights must go far to be felt
     }
     line.classList.toggle("changed", Boolean(change));
     Object.assign(range, { min: -reach, max: reach, step: reach / 128 });
@@ -624,14 +746,16 @@ export async function mount(element, source) {
   // Timeline
   let drawn = {};
   async function drawTimeline() {
-    const underWay = view.state.state === "running" && view.epoch === Math.max(...frames()) && (view.state.steps ?? []).some((steps) => steps.length);
-    const epoch = underWay ? view.epoch : view.epoch - 1; // the one that has led to what is on show
+    const open = view.state.state === "running" && view.epoch === Math.max(...frames()) && (view.state.steps ?? []).some((steps) => steps.length);
+    const epoch = open ? view.epoch : view.epoch - 1; // the one that has led to what is on show
     if (drawn.epoch === epoch && drawn.state === view.state) return;
     const mine = drawn = { epoch, state: view.state };
     const { rows } = epoch < 0 ? { rows: [] } : await source.json("invocations", { epoch }).catch(() => ({}));
     if (mine !== drawn || !rows) return; // something newer was asked for, or the run's end has closed the server
-    at.timelineTitle.textContent = epoch < 0 ? "A bar per Lambda invocation" : `A bar per Lambda invocation of epoch ${epoch + 1}${underWay ? ", which is under way" : ""}`;
+    at.timelineTitle.textContent = epoch < 0 ? "A bar per Lambda invocation" : `A bar per Lambda invocation of epoch ${epoch + 1}${open ? ", which is under way" : ""}`;
     const calls = placed(rows), text = JSON.stringify(rows);
+    view.calls = { epoch, open, calls };
+    drawOwn(view.chosen.layer, view.chosen.neuron);
     at.calls.textContent = calls.length ? summary(epoch, calls)
       : epoch < 0 ? "Before the first epoch nothing is invoked." : view.state.invocations ? "The ledger has nothing of this epoch any more."
       : "This run is computed again here, without Lambda; the ledger is on the parameter server while it runs.";
