@@ -215,6 +215,7 @@ def go_on(
 def outcome(
     fault,  # asked for, see `snn.local.pace.Fault`
     services: Services,
+    watched: bool,  # or does the watchdog wait with a run that is held?
 ) -> dict:
     "How far a fault is: asked, struck or over; which invocation it has struck; seconds that are left."
     found = {"kind": fault.kind, "layer": fault.layer, "neuron": fault.neuron}
@@ -225,8 +226,11 @@ def outcome(
     if services.runs.is_over(message):
         attempts = services.ledger.entry(message).attempts
         return {**found, "stage": "over", "attempts": attempts}
-    since_then = services.runs.stood_still(message.run)  # what the watchdog goes by
-    waited = since_then if fault.kind == "kill" else time.time() - fault.when
+    if fault.kind == "kill" and not watched:
+        return {**found, "stage": "struck", "left": None}
+    waited = time.time() - fault.when
+    if fault.kind == "kill":
+        waited = services.runs.stood_still(message.run)  # what the watchdog goes by
     return {**found, "stage": "struck", "left": max(0, ceil(fault.seconds - waited))}
 
 # %% ../../nbs/live/02_watching.ipynb #51d07a03
@@ -259,9 +263,9 @@ class Onlooker:
 
     def faults(self, services: Services) -> list[dict]:
         "What was asked to go wrong, oldest first, and what has become of it."
-        found = []
+        found, watched = [], not self.pace.stands_still
         for fault in self.pace.faults.all():
-            told = self.over.get(fault.name) or outcome(fault, services)
+            told = self.over.get(fault.name) or outcome(fault, services, watched)
             if told["stage"] == "over":
                 self.over[fault.name] = told
             found.append(told)

@@ -213,7 +213,7 @@ class Workers:
         "What the watchdog's schedule does on AWS; but a run that is held does not stand still."
         if self.pace and self.pace.stands_still:
             for run in services.runs.names():
-                services.runs.note_progress(run, -1)
+                services.runs.note_progress(run, -time.monotonic_ns())  # never the same
         else:
             watch(services, bucket, PATIENCE if self._lost(services) else inf)
 

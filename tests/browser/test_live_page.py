@@ -1,11 +1,14 @@
 """The microscope in a real browser: a run that has ended, every neuron at any epoch."""
 
+import base64
+import re
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
+import h5py
 import numpy as np
 import pytest
 
@@ -19,8 +22,10 @@ if not CHROMIUM:
 from snn.backends.local.services import Services
 from snn.cloud.messages import Message
 from snn.data import h5 as data
+from snn.data import models
 from snn.handlers.protocol import invocations_per_epoch
 from snn.live.host import hosted, stage_on
+from snn.live.stage import answer as stage_answer
 from snn.live.watching import Onlooker
 from snn.live.widget import stage_of
 from snn.local import training
@@ -182,6 +187,48 @@ def test_a_picture_of_weights_is_scaled_and_what_no_training_survives_is_refused
     page.errors.clear()  # the browser names each answer that is a refusal
 
 
+def test_a_pixel_is_clicked_and_one_of_its_three_weights_is_turned(page, stage):
+    page.locator('[data-node="1/2"]').click()
+    panel = page.get_by_label("the chosen neuron")
+    panel.get_by_text("its gradient reaches").wait_for()
+    picture = panel.get_by_role("img", name="its weights as a picture", exact=True)
+    edge = picture.bounding_box()["width"] / 8
+    picture.click(position={"x": 5.5 * edge, "y": 2.5 * edge})
+    W, _ = stage.film.nearest(30).layers[0]
+    asked = {"epoch": 30, "batch": 0, "layer": 1, "neuron": 2}
+    told = stage_answer(stage, "neuron", asked.__getitem__)
+    dw = np.frombuffer(base64.b64decode(told["dw"]), "<f4")
+
+    def shown(row: int, column: int) -> list[list[float]]:
+        first = 3 * (8 * row + column)
+        pixel = stage.film.test_x[0].reshape(-1)[first : first + 3]
+        w, a = W[2, first : first + 3], pixel / 255
+        cells = zip(w, pixel, a, w * a, dw[first : first + 3])
+        return [[float(x) for x in line] for line in cells]
+
+    def table() -> list[list[float]]:
+        rows = panel.get_by_role("row").filter(has_text=re.compile("red|green|blue")).all()
+        return [
+            [float(cell) for cell in row.get_by_role("cell").all_inner_texts()] for row in rows
+        ]
+
+    np.testing.assert_allclose(table(), shown(2, 5), rtol=2e-2, atol=6e-5)
+    panel.get_by_role("spinbutton", name="row of the pixel").fill("7")
+    np.testing.assert_allclose(table(), shown(7, 5), rtol=2e-2, atol=6e-5)
+    panel.get_by_role("spinbutton", name="green weight of the pixel, as a number").fill("3")
+    layers = [(W.copy(), b) for W, b in stage.film.nearest(30).layers]
+    layers[0][0][2, 3 * (8 * 7 + 5) + 1] = 3
+    said = panel.get_by_text("A thought experiment").inner_text()
+    now = answers(stage, layers)
+    assert f"is {cost(now[None], stage.film.test_y[None]):.4f} instead of" in said
+    slider = panel.get_by_role("slider", name="green weight of the pixel")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert "at -" in panel.get_by_text("A thought experiment").inner_text()
+    page.locator('[data-node="2/0"]').click()
+    assert not panel.get_by_text("One pixel").is_visible()
+
+
 def test_it_can_be_used_with_the_keyboard_alone(page):
     page.locator('[data-node="1/0"]').focus()
     page.keyboard.press("ArrowDown")
@@ -209,9 +256,10 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
 def test_everybody_can_read_it(page):
     from axe_playwright_python.sync_playwright import Axe
 
-    page.locator('[data-node="2/0"]').click()
+    page.locator('[data-node="1/0"]').click()
     page.get_by_role("spinbutton", name="bias, as a number").fill("3")
     page.get_by_text("A thought experiment").wait_for()
+    page.get_by_text("dw: how the cost changes").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     found = Axe().run(page).response["violations"]
     assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
@@ -220,10 +268,25 @@ def test_everybody_can_read_it(page):
     page.screenshot(path=SCREENS / f"live-{width}.png", full_page=True)
 
 
-def test_a_training_is_held_and_led_neuron_by_neuron_from_the_page(
-    browser, parameters, small_data, tmp_path, until
-):
+@pytest.fixture
+def led(browser, parameters, small_data, tmp_path, until):
+    "Leads a training that is held from its page, by a function; returns its model's file."
     chosen = parameters((5, 3, 1), epochs=4, granularity="neuron", batch_size=256)
+
+    def lead_it(lead) -> Path:
+        train_led(
+            lambda address, seen: lead(browser, address, seen, until),
+            chosen,
+            small_data,
+            tmp_path,
+        )
+        return tmp_path / "params.h5"
+
+    return lead_it
+
+
+def train_led(lead, chosen, small_data, out) -> None:
+    "Train, held from the beginning, while somebody leads the training."
     stages = Queue()
 
     def begun(cloud, run):
@@ -237,27 +300,25 @@ def test_a_training_is_held_and_led_neuron_by_neuron_from_the_page(
             seen.watcher.thread.join(60)
 
     with ThreadPoolExecutor(1) as thread:
-        trained = thread.submit(
-            training.train, chosen, small_data, tmp_path, report, begun=begun
-        )
+        trained = thread.submit(training.train, chosen, small_data, out, report, begun=begun)
         seen = stages.get(timeout=60)
         try:
             with hosted(seen, socket.create_server(("127.0.0.1", 0))) as address:
-                lead(browser, address, seen, until)
+                lead(address, seen)
         finally:
             seen.pace.release()
         assert trained.result(120).epochs == 4
 
 
-def lead(browser, address, seen, until) -> None:
-    "What a person does who looks at each neuron."
+def first_neuron(browser, address, seen, until) -> tuple:
+    "Lead a training to where its first neuron has finished: the page, how to press a button, and the plan."
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(20_000)
     page.goto(address)
 
-    def press(name: str) -> None:
+    def press(name: str, asks: str = "/pace") -> None:
         "Press a button, and wait until what it asks for is done."
-        with page.expect_response(lambda response: "/pace" in response.url):
+        with page.expect_response(lambda response: asks in response.url):
             page.get_by_role("button", name=name, exact=True).click()
 
     services = seen.pace.services
@@ -269,6 +330,18 @@ def lead(browser, address, seen, until) -> None:
     finished = lambda: services.ledger.counts(plan)["NeuronLambda"].finished
     until(lambda: press("neuron") or finished(), "a neuron has finished")
     page.locator(".node.forward").first.wait_for()
+    return page, press, plan
+
+
+def test_a_training_is_held_and_led_neuron_by_neuron_from_the_page(led):
+    led(lead)
+
+
+def lead(browser, address, seen, until) -> None:
+    "What a person does who looks at each neuron."
+    page, press, plan = first_neuron(browser, address, seen, until)
+    services = seen.pace.services
+    finished = lambda: services.ledger.counts(plan)["NeuronLambda"].finished
     lit = "n => document.querySelectorAll('.node.forward').length == n"
     before = finished()
     page.wait_for_function(lit, arg=before)
@@ -276,7 +349,7 @@ def lead(browser, address, seen, until) -> None:
     until(lambda: finished() == before + 1, "one more neuron has finished")
     page.wait_for_function(lit, arg=before + 1)
     page.locator(".node.forward").first.click()  # whichever went first
-    page.get_by_text("forward finished").wait_for()
+    page.get_by_text("Its invocations in epoch 1, which is under way").wait_for()
     page.get_by_text("its gradient reaches").wait_for()
     look_at_timeline(page, plan, services)
     SCREENS.mkdir(parents=True, exist_ok=True)
@@ -320,3 +393,59 @@ def look_at_timeline(page, plan, services) -> None:
     assert "Epoch 1, 1 of 1 mini-batches" in timeline.get_attribute("aria-label")
     found = Axe().run(page).response["violations"]
     assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
+
+
+def test_a_neuron_is_killed_doubled_and_delayed_from_the_page(led, small_data, tmp_path):
+    chosen = led(break_neurons)
+    alone = tmp_path / "alone"
+    training.train(models.read(chosen).parameters, small_data, alone)
+    assert arrays(chosen) == arrays(alone / "params.h5")
+
+
+def arrays(path: Path) -> dict[str, bytes]:
+    with h5py.File(path) as file:
+        return {name: file[name][()].tobytes() for name in file}
+
+
+def break_neurons(browser, address, seen, until) -> None:
+    "What a person does who wants to see what the barrier is for."
+    from axe_playwright_python.sync_playwright import Axe
+
+    page, press, plan = first_neuron(browser, address, seen, until)
+    panel, services = page.get_by_label("the chosen neuron"), seen.pace.services
+    joined = lambda: {
+        int(step.split("/")[3])
+        for step in services.runs.finished_steps(plan.run, 0, 0)
+        if step.startswith("NeuronLambda/forward/2/")
+    }
+    page.locator('[data-node="2/1"]').click()
+    press("Kill it", "/fault")
+    panel.get_by_text("Kill: waits for the next invocation of neuron 1 of layer 2.").wait_for()
+    until(lambda: joined() == {0, 2} or press("neuron"), "the others of the layer have joined")
+    panel.get_by_text("2 of 3 have joined, missing: neuron 1.").wait_for()
+    panel.get_by_text("The training is held: the watchdog looks when it goes on").wait_for()
+    assert page.locator('[data-node="2/1"].hit').count() == 1
+    found = Axe().run(page).response["violations"]
+    assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENS / "live-killed.png", full_page=True)
+    page.get_by_role("button", name="neuron", exact=True).click()  # waits for the neuron
+    panel.get_by_text("Waiting for the watchdog").wait_for()
+    panel.get_by_text("The watchdog found that the run stood still").wait_for()
+    assert services.runs.counted(plan.run, "mended") == 1 and joined() == {0, 1, 2}
+    press("Deliver it twice", "/fault")
+    until(
+        lambda: press("neuron") or panel.get_by_text("Delivered twice").is_visible(),
+        "its backward step is delivered twice",
+    )
+    panel.get_by_text("The ledger has 2 attempts, and one result.").wait_for()
+    panel.get_by_role("cell", name=", 2 attempts").wait_for()
+    press("Delay it", "/fault")
+    panel.get_by_text("Delay: waits for the next invocation").wait_for()
+    press("Let it go on")
+    panel.get_by_text("The barrier waits").wait_for()
+    panel.get_by_text("2 of 3 have joined, missing: neuron 1.").wait_for()
+    page.wait_for_selector("main.live[data-state=finished]")
+    panel.get_by_text("It came late, and the barrier waited.").wait_for()
+    assert not page.get_by_role("button", name="Kill it").is_visible()
+    page.close()

@@ -221,7 +221,7 @@ export async function mount(element, source) {
         make("input", { type: "file", accept: "image/*", onchange: ownPicture })))),
     make("section", { class: "card", "aria-label": "cost" },
       make("h2", {}, "Cost of each epoch"),
-      part("chart", "div"),
+      part("chart", "div", { class: "chart" }),
       part("table", "p", { class: "soft" })),
     make("section", { class: "card", "aria-label": "timeline" },
       part("timelineTitle", "h2", {}, "A bar per Lambda invocation"),
@@ -239,7 +239,7 @@ export async function mount(element, source) {
       make("h3", {}, "Its Lambda"), part("own", "div"), part("faultHint", "p", { class: "soft" }),
       part("faults", "div", { class: "bar", role: "group", "aria-label": "what happens to its next invocation" },
         ...[["delay", "Delay it"], ["duplicate", "Deliver it twice"], ["kill", "Kill it"]].map(([kind, name]) => make("button", { type: "button", onclick: () => askFault(kind) }, name))),
-      part("struck", "ul", { class: "soft struck", role: "status" }), part("barriers", "div"),
+      part("struck", "div", { class: "soft struck", role: "status" }), part("barriers", "div"),
       part("whatIf", "div", { class: "whatif" })),
   );
   test.slice(0, 24).forEach((picture) => {
@@ -421,7 +421,7 @@ export async function mount(element, source) {
       }
       if (run.sizes[layer] > SHOWN) svg.append(make("text", { x: column, y: 385, "text-anchor": "middle", class: "soft" }, `${run.sizes[layer] - SHOWN} more`));
     }
-    const sheet = make("div", { class: "sheet", style: "flex-wrap: nowrap; align-items: center" },
+    const sheet = make("div", { class: "sheet flow" },
       make("figure", {}, view.chosen.layer === 1 ? pixels(canvas) : canvas, make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg);
     at.drawing.replaceChildren(sheet);
     if (focus) at.drawing.querySelector(`[data-node="${focus}"]`)?.focus();
@@ -567,7 +567,7 @@ export async function mount(element, source) {
       : [`Delayed: ${call} The barrier waits.`, left ? `It comes in ${left} s.` : "It is due."];
     const killed = `Killed: ${call} The worker process was killed with it in hand, before it had computed anything. Another process takes its place, but the message is lost.`;
     return stage === "over" ? [`${killed} The watchdog found that the run stood still, and sent it again.`]
-      : [killed, view.state.held ? "The training is held: the watchdog looks when it goes on, or while a step waits for this neuron." : `Waiting for the watchdog, ${left} s.`];
+      : [killed, left === null ? "The training is held: the watchdog looks when it goes on, or while a step waits for this neuron." : `Waiting for the watchdog, ${left} s.`];
   }
   function drawLambda(layer, neuron) {
     const whole = { neuron: "", layer: " One Lambda computes the whole layer.", network: " One Lambda computes the whole network for a mini-batch." }[run.granularity];
@@ -577,7 +577,7 @@ export async function mount(element, source) {
     at.faultHint.textContent = canBreak() ? `What shall happen to its next invocation? The run's weights stay the same, to the byte.${whole}`
       : "While snn train --live trains a run, this Lambda can be delayed, delivered twice or killed here.";
     const lines = (view.state.faults ?? []).slice(-4).map(faultInWords), text = JSON.stringify(lines);
-    if (at.struck.dataset.text !== text) at.struck.replaceChildren(...lines.map(([said, left]) => make("li", {}, `${said} `, ...(left ? [make("span", { "aria-hidden": "true" }, left)] : []))));
+    if (at.struck.dataset.text !== text) at.struck.replaceChildren(...lines.map(([said, left]) => make("p", {}, `${said} `, ...(left ? [make("span", { "aria-hidden": "true" }, left)] : []))));
     at.struck.dataset.text = text;
     drawBarriers();
   }
