@@ -97,7 +97,7 @@ def stop_service(
     arn: str,  # arn:...:service/CLUSTER/NAME
 ) -> int:  # tasks it had
     "Let an ECS service end its tasks."
-    _, cluster, name = arn.rsplit("/", 2)
+    _, cluster, name = arn.split("/")
     account.client("ecs").update_service(cluster=cluster, service=name, desiredCount=0)
     return 1
 
@@ -229,28 +229,20 @@ def remembered(
     arn: str,  # of something of ECS
 ) -> bool:
     "Whether ECS only remembers it: what is deleted there stays visible for a while, as INACTIVE."
-    ecs, (kind, *names) = account.client("ecs"), arn.split(":", 5)[5].split("/")
+    ecs, path = account.client("ecs"), arn.split(":", 5)[5].split("/")
     try:
-        if kind == "service":
-            states = [
-                found["status"]
-                for found in ecs.describe_services(cluster=names[0], services=[names[-1]])[
-                    "services"
-                ]
-            ]
-        elif kind == "cluster":
-            states = [
-                found["status"] for found in ecs.describe_clusters(clusters=names)["clusters"]
-            ]
-        else:
-            states = [
-                ecs.describe_task_definition(taskDefinition=names[0])["taskDefinition"][
-                    "status"
-                ]
-            ]
+        match path:
+            case ["service", cluster, name]:
+                found = ecs.describe_services(cluster=cluster, services=[name])["services"]
+            case ["cluster", name]:
+                found = ecs.describe_clusters(clusters=[name])["clusters"]
+            case [_, name]:
+                found = [ecs.describe_task_definition(taskDefinition=name)["taskDefinition"]]
+            case _:
+                return False
     except ClientError:
         return True
-    return all(state in ("INACTIVE", "DELETE_IN_PROGRESS") for state in states)
+    return all(one["status"] in ("INACTIVE", "DELETE_IN_PROGRESS") for one in found)
 
 
 def tagged(

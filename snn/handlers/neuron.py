@@ -72,9 +72,8 @@ def finite_cost(
     Y: np.ndarray,  # labels, (1, m)
 ) -> float:
     "The mini-batch's cost; raises `Diverged` if a layer's activations are not finite."
-    if not np.isfinite(A[-1]).all():
-        for layer, values in enumerate(A[1:], start=1):
-            finite(call, layer, values)
+    for layer, values in enumerate(A[1:], start=1):
+        finite(call, layer, values)
     return cost(A[-1], Y)
 
 
