@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GOOD', 'REFUSED', 'SMOKE', 'PICTURES', 'SIZE', 'NamedConnection', 'Answer', 'Service', 'smoke', 'Found', 'find_data',
-           'test_part', 'png', 'questions', 'Trial', 'said_of', 'trial', 'Decision', 'decide', 'model_of', 'judge',
-           'mail', 'settings', 'lambda_handler']
+           'test_part', 'png', 'questions', 'Trial', 'said_of', 'trial', 'Decision', 'refusal', 'decide', 'model_of',
+           'judge', 'mail', 'settings', 'model_built', 'lambda_handler']
 
 # %% ../../nbs/deploy/07_gate.ipynb #f48e1de5
 import http.client
@@ -17,7 +17,7 @@ import tempfile
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -255,6 +255,14 @@ class Decision(NamedTuple):
     reason: str  # a sentence
 
 
+def refusal(
+    failures: Sequence[str],  # what went wrong, a sentence each
+) -> Decision:
+    "Refuse a version that failed; the first three failures are named."
+    more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+    return Decision(False, "; ".join(failures[:3]) + more)
+
+
 def decide(
     candidate: Trial,
     live: Trial | None,  # None if no model answers yet
@@ -265,15 +273,7 @@ def decide(
         f"{candidate.model} is right on {candidate.right} of {candidate.images} test images"
     )
     if candidate.failures:
-        return Decision(
-            False,
-            "; ".join(candidate.failures[:3])
-            + (
-                f"; and {len(candidate.failures) - 3} more"
-                if len(candidate.failures) > 3
-                else ""
-            ),
-        )
+        return refusal(candidate.failures)
     if not candidate.images:
         return Decision(False, "there are no test images to judge it by")
     if live is None:
@@ -322,7 +322,7 @@ def judge(
         )
     failures = smoke(candidate)
     if failures:
-        return decide(Trial(model, 0, 0, tuple(failures)), None, margin)
+        return refusal(failures)
     try:
         images, labels = test_part(s3, bucket, find_data(s3, bucket, etag))
     except InputError as error:
@@ -378,6 +378,16 @@ def settings(environment: dict[str, str]) -> dict:
     }
 
 
+def model_built(
+    event: dict,  # its `hookDetails` is JSON, as an object or as text
+) -> str:  # empty if it is not said
+    "Id of the model that was built into the new version's image."
+    details = event.get("hookDetails") or {}
+    if isinstance(details, str):
+        details = json.loads(details)
+    return details.get("model", "")
+
+
 def lambda_handler(
     event: dict,  # of an ECS deployment's lifecycle stage
     context,  # from Lambda, unused
@@ -385,10 +395,8 @@ def lambda_handler(
     "Entry of the quality gate."
     import boto3
 
-    given, details = settings(os.environ), event.get("hookDetails") or {}
-    if isinstance(details, str):
-        details = json.loads(details)
-    decision = judge(s3=boto3.client("s3"), expected=details.get("model", ""), **given)
+    given = settings(os.environ)
+    decision = judge(s3=boto3.client("s3"), expected=model_built(event), **given)
     print(
         json.dumps(
             {

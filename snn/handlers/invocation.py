@@ -353,7 +353,7 @@ def open_invocation(
         opened = store.open(message, unknown, where, weight_names(lacking))
         if opened.status != "open":
             duplicate = opened.status == "finished"
-            note(*("duplicate",) if duplicate else (opened.status,), Duplicates=int(duplicate))
+            note("duplicate" if duplicate else opened.status, Duplicates=int(duplicate))
             return opened.status
         keep_weights(call, lacking, opened.weights)
         keep_arrays(call, unknown, opened.values)

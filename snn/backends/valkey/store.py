@@ -316,7 +316,8 @@ class Outbox:
 
     def now(self, *command):
         "Send a command, after all that wait; returns its answer."
-        return self.ask(command)[0]
+        (answer,) = self.ask(command)
+        return answer
 
     def ask(self, *wanted: tuple) -> list:
         "Send commands, after all that wait; returns their answers."
