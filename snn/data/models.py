@@ -116,10 +116,10 @@ def _usual(
     sizes: list[int],  # neurons of each layer
 ) -> Parameters:
     "The original's parameters for a network of these sizes."
-    names = [f"layer{l}" for l in range(1, len(sizes) + 1)]
-    kinds = ["relu"] * (len(sizes) - 1) + ["sigmoid"]
-    network = {"neurons": dict(zip(names, sizes)), "activations": dict(zip(names, kinds))}
-    return from_dict({**ORIGINAL, **network, "layers": len(sizes), "granularity": "network"})
+    neurons = {f"layer{l}": n for l, n in enumerate(sizes, start=1)}
+    activations = {**dict.fromkeys(neurons, "relu"), f"layer{len(sizes)}": "sigmoid"}
+    network = {"layers": len(sizes), "neurons": neurons, "activations": activations}
+    return from_dict({**ORIGINAL, **network, "granularity": "network"})
 
 # %% ../../nbs/data/04_models.ipynb #a4c1e7d4
 def _of_weights_alone(
