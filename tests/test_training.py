@@ -329,7 +329,7 @@ def test_the_servers_memory_does_not_grow_with_epochs(
 
 def messages_of_epoch(plan, epoch: int) -> list:
     "Every message of an epoch, as the functions send them one after another."
-    starts = epoch_messages(plan, epoch, "", 0)
+    starts = epoch_messages(plan, epoch, "")
     found = [m for start in starts for stage in stages(plan, start) for m in stage]
     return [*found, *after_epoch(plan, found[0])]
 

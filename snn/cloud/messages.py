@@ -36,7 +36,6 @@ class Message(Struct, frozen=True, omit_defaults=True):
     first: int = 0  # first neuron of the block, from 0
     count: int = 0  # neurons in the block
     source: str = ""  # which mini-batch of which epoch holds the weights to start from
-    hop: int = 0  # how many messages led to this one
     learn: bool = (
         True  # is a step of the weights wanted? Not where another mini-batch has won already
     )
@@ -136,13 +135,12 @@ def epoch_messages(
     plan: Plan,
     epoch: int,
     source: str,  # of the weights
-    hop: int,
 ) -> list[Message]:
     "An epoch begins: one message per mini-batch."
     whole = plan.parameters.granularity == "network"
     first = ("NeuronLambda", "network") if whole else ("TrainerLambda", "start")
     return [
-        Message(*first, plan.run, epoch, batch, source=source, hop=hop)
+        Message(*first, plan.run, epoch, batch, source=source)
         for batch in range(plan.batches)
     ]
 

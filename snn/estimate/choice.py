@@ -99,7 +99,7 @@ def at_least(
     around = 0.0 if seats else aws.times["overhead"]
     python = around + aws.times["handler"] + aws.times["tell"]
     each = {function: python / aws.share(function) for function in FUNCTIONS}
-    start = epoch_messages(chosen, 0, "", 0)[0]
+    start = epoch_messages(chosen, 0, "")[0]
     chain = sum(each[stage[0].function] for stage in stages(chosen, start))
     work = {f: each[f] * n for f, n in epoch_work(chosen).invocations.items()}
     epoch = max(

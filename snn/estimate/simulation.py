@@ -565,7 +565,7 @@ class Simulation:
     def run(self) -> Outcome:
         "Play the run."
         start, capacity = self.clock.events.process, self.environment.capacity
-        for message in epoch_messages(self.traffic.plan, 0, "", 1):
+        for message in epoch_messages(self.traffic.plan, 0, ""):
             if self.environment.transport == "invoke":
                 start(self.deliver(message))
             else:

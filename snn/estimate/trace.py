@@ -309,7 +309,7 @@ class Recording:
 
     def messages(self, learn: bool):
         "A message of each kind, in an order in which each finds what it needs."
-        starts = epoch_messages(self.short, 1, "0/0", 0)
+        starts = epoch_messages(self.short, 1, "0/0")
         yield Message("LaunchLambda", "start", self.plan.run, 0)
         for start in starts:
             for stage in protocol.stages(self.short, start):

@@ -58,7 +58,7 @@ def epoch_steps(
     plan: Plan,
 ) -> list[tuple[Message, int]]:  # each stands for so many
     "The messages of an epoch, from its mini-batches' beginning to the one that ends it."
-    starts = epoch_messages(plan, 0, "", 0)
+    starts = epoch_messages(plan, 0, "")
     alike = Counter(is_rest(plan, start.batch) for start in starts)
     examples = {is_rest(plan, start.batch): start for start in starts}
     found = [

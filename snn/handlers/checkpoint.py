@@ -217,7 +217,7 @@ def resume(
         services.runs.stop(plan, "stopped", TAKEN_UP)
         return now
     services.bus.ready(plan)
-    services.bus.send(epoch_messages(plan, status.epoch + 1, status.source, hop=1))
+    services.bus.send(epoch_messages(plan, status.epoch + 1, status.source))
     services.bus.settle()
     services.store.flush()
     return plan.run

@@ -7,8 +7,7 @@ __all__ = ['STEPS', 'ASKED', 'nothing', 'layer_before', 'layer_and_gradient', 'f
            'of_the_block', 'of_the_layer', 'of_the_network', 'nobody', 'the_layer', 'the_epoch', 'the_epoch_at_last',
            'first_epoch', 'next_epoch', 'layer_messages', 'first_layer', 'next_layer', 'layer_below', 'after_layer',
            'after_epoch', 'begin_mini_batch', 'begin_run', 'end_epoch', 'Step', 'step_of', 'join_epoch', 'finish',
-           'handle', 'lambda_handler', 'stages', 'missing', 'invocations_per_epoch', 'hops_per_epoch', 'hop_budget',
-           'Runaway', 'check_hops']
+           'handle', 'lambda_handler', 'stages', 'missing', 'invocations_per_epoch', 'Runaway', 'check_epoch']
 
 # %% ../../nbs/handlers/00_protocol.ipynb #f639060c
 import time
@@ -109,12 +108,12 @@ def the_epoch_at_last(plan: Plan, message: Message) -> int:
 # %% ../../nbs/handlers/00_protocol.ipynb #cd6052ee
 def first_epoch(plan: Plan, message: Message) -> list[Message]:
     "trainer start (or neuron network) × mini-batch"
-    return epoch_messages(plan, 0, "", message.hop + 1)
+    return epoch_messages(plan, 0, "")
 
 
 def next_epoch(plan: Plan, message: Message) -> list[Message]:
     "trainer start (or neuron network) × mini-batch, or the end"
-    return epoch_messages(plan, message.epoch + 1, message.source, message.hop + 1)
+    return epoch_messages(plan, message.epoch + 1, message.source)
 
 # %% ../../nbs/handlers/00_protocol.ipynb #ae1887e0
 def layer_messages(
@@ -124,8 +123,8 @@ def layer_messages(
     layer: int,  # from 1
 ) -> list[Message]:
     "A layer is asked: one message per block."
-    change, hop = msgspec.structs.replace, message.hop + 1
-    asked = change(message, function="NeuronLambda", direction=direction, layer=layer, hop=hop)
+    change = msgspec.structs.replace
+    asked = change(message, function="NeuronLambda", direction=direction, layer=layer)
     return [
         change(asked, first=first, count=count)
         for first, count in blocks(plan.parameters, layer)
@@ -153,14 +152,13 @@ def layer_below(plan: Plan, message: Message) -> list[Message]:
 # %% ../../nbs/handlers/00_protocol.ipynb #11ce89b4
 def after_layer(plan: Plan, message: Message) -> list[Message]:
     "trainer $l$, in the same direction"
-    change, hop = msgspec.structs.replace, message.hop + 1
-    return [change(message, function="TrainerLambda", first=0, count=0, hop=hop)]
+    return [msgspec.structs.replace(message, function="TrainerLambda", first=0, count=0)]
 
 
 def after_epoch(plan: Plan, message: Message) -> list[Message]:
     "launch next"
-    whole, hop = (message.run, message.epoch), message.hop + 1
-    return [Message("LaunchLambda", "next", *whole, source=message.source, hop=hop)]
+    whole = message.run, message.epoch
+    return [Message("LaunchLambda", "next", *whole, source=message.source)]
 
 # %% ../../nbs/handlers/00_protocol.ipynb #45482029
 def begin_mini_batch(call: Invocation) -> Arrays:
@@ -281,7 +279,7 @@ def handle(
     "Take one step."
     call, step = Invocation(message, services, answer), step_of(message)
     services.store.meter.begin()
-    check_hops(call)
+    check_epoch(call)
     reads, weights = step.reads(call.plan, message), step.weights(call.plan, message)
     status = open_invocation(call, reads, weights)
     if status != "open" and (status != "finished" or step.joins is not the_layer):
@@ -347,34 +345,20 @@ def missing(
 # %% ../../nbs/handlers/00_protocol.ipynb #bdbb5256
 def invocations_per_epoch(plan: Plan) -> int:
     "LaunchLambda once, and for each mini-batch its trainer's and its neurons' steps."
-    start, *_ = epoch_messages(plan, 0, "", 0)
+    start, *_ = epoch_messages(plan, 0, "")
     return 1 + plan.batches * sum(len(stage) for stage in stages(plan, start))
-
-
-def hops_per_epoch(plan: Plan) -> int:
-    "More messages than an epoch's longest chain has."
-    return 4 * plan.parameters.layers + 4
-
-
-def hop_budget(plan: Plan) -> int:
-    "More hops than a message of this run can have made."
-    return hops_per_epoch(plan) * (plan.parameters.epochs + 1)
 
 
 class Runaway(RuntimeError):
     "A message has come further than any honest one can."
 
 
-def check_hops(
+def check_epoch(
     call: Invocation,
 ) -> None:
-    "End the run and raise `Runaway` if a message has come too far."
-    message, budget = call.message, hop_budget(call.plan)
-    if message.hop <= budget:
+    "End the run and raise `Runaway` if a message is of an epoch that the run does not have."
+    if call.message.epoch < call.parameters.epochs:
         return
-    reason = (
-        f"{message.id} is {message.hop} hops from the upload, and no message of this run "
-        f"can be further than {budget}"
-    )
+    reason = f"{call.message.id} is of an epoch after all {call.parameters.epochs} of the run"
     end_early(call.plan, call.services, "failed", reason)
     raise Runaway(reason)

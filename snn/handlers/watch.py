@@ -12,7 +12,7 @@ from ..cloud.messages import Message, Plan, epoch_messages
 from ..cloud.services import Services
 from ..cloud.telemetry import note
 from . import checkpoint
-from .protocol import hops_per_epoch, missing
+from .protocol import missing
 
 # %% ../../nbs/handlers/05_watch.ipynb #ff66c532
 def waits_for(
@@ -22,12 +22,11 @@ def waits_for(
     "The messages that a run waits for."
     status = services.runs.status(plan.run)
     epoch = status.epoch + 1
-    hop = hops_per_epoch(plan) * epoch + 1
     finished = lambda start: services.runs.finished_steps(plan.run, start.batch, epoch)
-    starts = epoch_messages(plan, epoch, status.source, hop)
+    starts = epoch_messages(plan, epoch, status.source)
     waiting = [m for start in starts for m in missing(plan, start, finished(start))]
     return waiting or [
-        Message("LaunchLambda", "next", plan.run, epoch, source=status.source, hop=hop)
+        Message("LaunchLambda", "next", plan.run, epoch, source=status.source)
     ]
 
 # %% ../../nbs/handlers/05_watch.ipynb #81ae9292

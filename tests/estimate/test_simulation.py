@@ -216,7 +216,7 @@ def test_what_is_recorded_is_what_the_table_says(transport):
     "Each step reads the arrays of its row, and leaves what the steps after it read."
     plan = default_plan("neuron", 20, (3, 2, 1), 4, batch_size=8)
     recording, left = recorded(plan, transport), set()
-    for start in epoch_messages(plan, 1, "0/0", 0):
+    for start in epoch_messages(plan, 1, "0/0"):
         for stage in stages(plan, start):
             trace, row = recording.trace(stage[0]), step_of(stage[0])
             read = {name for exchange in trace.exchanges for name in exchange.arrays}
