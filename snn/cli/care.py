@@ -21,11 +21,10 @@ from ..errors import InputError
 def _change(stack: str, asleep: bool, region: str | None, endpoint_url: str | None) -> bool:
     "Put a stack to sleep or wake it, and wait; returns whether there was anything to do."
     from snn.deploy import sleep as sleeping
-    from snn.deploy.inputs import Account, check_login, describe
+    from snn.deploy.inputs import describe, signed_in
     from snn.deploy.stack import all_events, failure, follow
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     if describe(account, stack) is None:
         raise InputError(
             f"there is no stack {stack} in {account.region}; bin/deploy makes one"
@@ -50,10 +49,9 @@ def _change(stack: str, asleep: bool, region: str | None, endpoint_url: str | No
 def _under_way(stack: str, region: str | None, endpoint_url: str | None) -> list[str]:
     "Runs that have begun and not ended."
     from snn.deploy import runs
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     found = runs.standings(account, runs.bucket_of(account, stack))
     return sorted(run for run, state in found.items() if state == "begun")
 
@@ -158,8 +156,7 @@ def _smoke_on_aws(
     from snn.deploy.package import HANDLERS, build
     from snn.deploy.smoke import smoke as whole
 
-    account = asked.Account(region)
-    asked.check_login(account)
+    account = asked.signed_in(region, None)
     owner = account.client("sts").get_caller_identity()["Account"]
     inputs = asked.Inputs(f"{record.stack.lower()}-{owner}", record.stack, **five)
     if "deploy" not in record.stages:

@@ -488,10 +488,9 @@ def upload(
 ) -> None:
     "Start a run on AWS: parameters first, then the data set."
     from snn.deploy import runs
-    from snn.deploy.inputs import Account, check_login, kept
+    from snn.deploy.inputs import kept, signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     before = runs.standings(account, runs.bucket_of(account, stack))
     run = runs.upload(account, stack, data, parameters, test, again)
     out.print(f"Run {run} {STANDS[before.get(run, 'new')]}")
@@ -515,10 +514,9 @@ def watch(
 ) -> None:
     "Follow a run on AWS until its results are there."
     from snn.deploy import runs
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     bucket = runs.bucket_of(account, stack)
     run = run or runs.newest_run(account, bucket)
     last = []
@@ -549,10 +547,9 @@ def approve(
 ) -> None:
     "Let the new version of the Prediction API that waits answer the world, or send it back."
     from snn.deploy import approval
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     approval.answer(account, stack, yes)
     out.print(
         f"The new version of {stack} is switched in; the old one stays at hand for some minutes"
@@ -570,10 +567,9 @@ def destroy(
 ) -> None:
     "Delete the stack, and all that it has ever made."
     from snn.deploy import teardown
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     if not yes:
         if not _can_ask():
             raise InputError("there is nobody to ask; give --yes")

@@ -30,36 +30,35 @@ def size(
     return f"{count:,.0f} B" if len(units) == 4 else f"{count:,.1f} {units[0]}"
 
 # %% ../../nbs/cli/07_estimate.ipynb #cc1cb68e
-def _rows(e) -> dict[str, str]:  # of an `estimate.Estimate`
-    "What is said of one granularity, by the name of the row."
+def _rows(e) -> list[tuple[str, str]]:  # of an `estimate.Estimate`
+    "What is said of one granularity: each row's name, and its words."
     span = lambda r, say: f"{say(r.low)} to {say(r.high)}" if e.draws else ""
     seconds, epoch, nearest = (lambda s: f"{s:.2g} s"), e.per_epoch, e.quotas[0]
-    return {
-        "an epoch": "",
-        "  invocations": f"{sum(epoch.invocations.values()):,}",
-        "  messages": f"{epoch.messages:,}",
-        "  ledger writes": f"{epoch.writes:,}",
-        "  bytes stored": size(epoch.stored),
-        "  bytes asked for": size(epoch.asked),
-        "  weights stored": f"{size(epoch.weights[0])} to {size(epoch.weights[1])}",
-        "  time": seconds(e.seconds_per_epoch.value),
-        "    probably": span(e.seconds_per_epoch, seconds),
-        f"{e.epochs:,} epochs": "",
-        "  invocations ": f"{sum(e.work.invocations.values()):,}",
-        "  time ": duration(e.seconds.value),
-        "    probably ": span(e.seconds, duration),
-        **{f"  {service}": money(dollars) for service, dollars in e.bill.items()},
-        "  in all": money(e.dollars.value),
-        "    probably  ": span(e.dollars, money),
-        "nearest quota": f"{nearest.name}, {nearest.share:.0%}",
-    }
+    return [
+        ("an epoch", ""),
+        ("  invocations", f"{sum(epoch.invocations.values()):,}"),
+        ("  messages", f"{epoch.messages:,}"),
+        ("  ledger writes", f"{epoch.writes:,}"),
+        ("  bytes stored", size(epoch.stored)),
+        ("  bytes asked for", size(epoch.asked)),
+        ("  weights stored", f"{size(epoch.weights[0])} to {size(epoch.weights[1])}"),
+        ("  time", seconds(e.seconds_per_epoch.value)),
+        ("    probably", span(e.seconds_per_epoch, seconds)),
+        (f"{e.epochs:,} epochs", ""),
+        ("  invocations", f"{sum(e.work.invocations.values()):,}"),
+        ("  time", duration(e.seconds.value)),
+        ("    probably", span(e.seconds, duration)),
+        *((f"  {service}", money(dollars)) for service, dollars in e.bill.items()),
+        ("  in all", money(e.dollars.value)),
+        ("    probably", span(e.dollars, money)),
+        ("nearest quota", f"{nearest.name}, {nearest.share:.0%}"),
+    ]
 
 
 def _table(found: dict) -> Table:
     table = Table("", *found, box=None)
-    rows = {granularity: _rows(e) for granularity, e in found.items()}
-    for name in next(iter(rows.values())):
-        table.add_row(name.rstrip(), *(columns[name] for columns in rows.values()))
+    for columns in zip(*map(_rows, found.values())):
+        table.add_row(columns[0][0], *(words for _, words in columns))
     return table
 
 # %% ../../nbs/cli/07_estimate.ipynb #cab93486

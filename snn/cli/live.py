@@ -21,18 +21,12 @@ from ..errors import InputError
 # %% ../../nbs/cli/09_live.ipynb #d5a424a4
 def _stage(run: str | None, out_folder: Path, data: Path | None, test: Path | None):
     "What is to be shown; raises `InputError`."
+    from snn.cli.data import read_given
     from snn.cloud.services import open_services
-    from snn.data.apart import try_apart
-    from snn.data.h5 import read
     from snn.live.host import stage_on
     from snn.live.widget import stage_of
-    from snn.local.training import drawn_datasets
 
-    if test and not data:
-        raise InputError("--test needs --data, the file with the training part")
-    for part in filter(None, (data, test)):
-        try_apart(part)
-    datasets = read(data or drawn_datasets(), test=test)
+    datasets = read_given(data, test)
     if os.environ.get("SNN_REDIS_URL") and run:
         services = open_services()
         name = services.runs.newest(run)

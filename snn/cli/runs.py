@@ -132,10 +132,9 @@ def _order(
 ) -> None:
     "Ask the LaunchLambda of a stack."
     from snn.deploy import runs as deployed
-    from snn.deploy.inputs import Account, check_login
+    from snn.deploy.inputs import signed_in
 
-    account = Account(region, endpoint_url)
-    check_login(account)
+    account = signed_in(region, endpoint_url)
     out.print(deployed.order(account, stack, state, run))
 
 # %% ../../nbs/cli/05_runs.ipynb #b093694c

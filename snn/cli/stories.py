@@ -162,9 +162,7 @@ def replay(
     json: Annotated[bool, Option("--json", help="Event and numbers as JSON.")] = False,
 ) -> None:
     "Run one NeuronLambda invocation again, and show its formulas with the numbers filled in."
-    from snn.data.apart import try_apart
-    from snn.data.h5 import read
-    from snn.local.training import drawn_datasets
+    from snn.cli.data import read_given
     from snn.replay.compute import check, replay_on
     from snn.replay.counterfactual import batch_of, change_of, in_words, what_if
     from snn.replay.explain import as_dict, explain, picture, shown_image
@@ -176,18 +174,11 @@ def replay(
         training_part,
     )
 
-    if test and not data:
-        raise InputError("--test needs --data, the file with the training part")
-    for part in filter(None, (data, test)):
-        try_apart(part)
+    given = None if bucket and not data else read_given(data, test)
     place = open_bucket(bucket, region) if bucket else None
     record = record_in_bucket(place, run) if place else find_record(run, out_folder)
     check(record, epoch, batch or 0, layer, neuron, direction)
-    images = (
-        images_in_bucket(record, place)
-        if place and not data
-        else training_part(record, read(data or drawn_datasets(), test=test))
-    )
+    images = training_part(record, given) if given else images_in_bucket(record, place)
     if image is not None:
         held = batch_of(record, len(images[0]), epoch, image)
         if batch not in (None, held):

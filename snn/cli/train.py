@@ -158,9 +158,8 @@ def train(
     json: Annotated[bool, Option("--json", help="The outcome as JSON.")] = False,
 ) -> None:
     "Train the network on this machine: real handlers, real parameter server, real upload."
+    from snn.cli.data import read_given
     from snn.cloud.messages import check_run, memory_here
-    from snn.data.apart import try_apart
-    from snn.data.h5 import read as read_datasets
     from snn.local import training
 
     chosen = chosen_parameters(
@@ -169,15 +168,9 @@ def train(
     _check_folder(out_folder)
     if runtime not in ("inline", "lambda"):
         raise InputError(f"--runtime is {runtime}; it may be inline or lambda")
-    if test and not data:
-        raise InputError("--test needs --data, the file with the training part")
-    if data is None:
-        if not quiet:
-            err.print("No --data: taking the drawn data set, cats and other things.")
-        data = training.drawn_datasets()
-    for file in filter(None, (data, test)):
-        try_apart(file)
-    found = read_datasets(data, test=test)
+    if data is None and not test and not quiet:
+        err.print("No --data: taking the drawn data set, cats and other things.")
+    found = read_given(data, test)
     try:
         check_run(chosen, len(found.train_x), found.train_x[0].size, memory_here())
     except InputError as error:
@@ -192,7 +185,7 @@ def train(
         with TrainingProgress(chosen.epochs, quiet) as shown:
             outcome = training.train(
                 chosen,
-                data,
+                data or training.drawn_datasets(),
                 out_folder,
                 lambda progress: (shown.report(progress), show and show.report(progress)),
                 workers,

@@ -91,15 +91,11 @@ def tune(
     json: Annotated[bool, Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     "Choose settings by cross-validation on the training images. The test images are left alone."
-    from snn.data.apart import try_apart
-    from snn.data.h5 import read as read_datasets
+    from snn.cli.data import read_given
     from snn.lab import tune as lab
-    from snn.local.training import drawn_datasets
 
     candidates = _candidates(parameters or [Path("parameters.json")], vary or [])
-    if data:
-        try_apart(data)
-    found = read_datasets(data or drawn_datasets())
+    found = read_given(data)
     images, labels = found.train_x, found.train_y
     with StepProgress("trainings", err) as shown:
         scores = lab.tune(

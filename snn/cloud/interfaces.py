@@ -57,55 +57,42 @@ class Records(Protocol):
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         "What it raises when it can't be reached."
-        ...
 
     def ping(self) -> None:
         "Raise an error if nobody answers."
-        ...
 
     def flush(self) -> None:
         "Send all that waits."
-        ...
 
     def get(self, where: str, *names: str) -> list[bytes | None]:
         "Values by their names, each None where there is none."
-        ...
 
     def all(self, *wheres: str) -> list[dict[str, bytes]]:
         "All values under each key."
-        ...
 
     def names(self, where: str) -> list[str]:
         "Names of the values under a key."
-        ...
 
     def set(self, where: str, values: Mapping[str, Any], seconds: int = 0) -> None:
         "Write values; with `seconds`, all under the key goes by itself after so many."
-        ...
 
     def set_first(self, where: str, name: str, value: bytes, seconds: int) -> bool:
         "Write a value unless there is one; True if there was none."
-        ...
 
     def add(self, where: str, name: str, number: int) -> None:
         "Add to a number."
-        ...
 
     def remove(self, where: str, name: str) -> None:
         "Take a value away."
-        ...
 
     def enlist(self, where: str, name: str, rank: float) -> None:
         "Put a name into a list, once, in the order of the ranks."
-        ...
 
     def listed(self, where: str) -> list[str]:
         "The names in a list, lowest rank first."
-        ...
 
     def claim(self, where: str, seconds: float) -> bool:
         "Take a key for so long; False if somebody has it."
-        ...
 
 # %% ../../nbs/cloud/04_interfaces.ipynb #3a9fa141
 class Store(Records, Protocol):
@@ -122,11 +109,9 @@ class Store(Records, Protocol):
         weights: Sequence[str] = (),
     ) -> Opened:
         "Begin an invocation: count it, look whether it is wanted, fetch what it needs, and weights of the mini-batch at `where`."
-        ...
 
     def open_later(self, message: Message) -> None:
         "Begin an invocation that has all it needs: it is counted at its end."
-        ...
 
     def join(
         self,
@@ -137,23 +122,18 @@ class Store(Records, Protocol):
         values: dict[str, bytes] = {},
     ) -> Joined:
         "Store the values and join the barrier before `following`, as one step: nobody is counted before its values are there, and nobody twice."
-        ...
 
     def put(self, message: Message, values: dict[str, bytes]) -> None:
         "Store values with the message's mini-batch."
-        ...
 
     def finish(self, message: Message, seconds: float) -> None:
         "Record that an invocation has done all it had to."
-        ...
 
     def bid(self, message: Message, cost: float) -> bool:
         "Has this mini-batch the lowest cost of its epoch, so far?"
-        ...
 
     def read(self, run: str, batch: int, epoch: int, fields: list[str]) -> list[bytes]:
         "Values that another mini-batch or epoch left; raises `Incomplete` if one is missing."
-        ...
 
 # %% ../../nbs/cloud/04_interfaces.ipynb #e497c0a6
 class Bus(Protocol):
@@ -214,27 +194,21 @@ class Residents(Protocol):
 
     def send(self, messages: Sequence[Message]) -> None:
         "Put messages of a run into the queues of their functions."
-        ...
 
     def put(self, run: str, envelope: Envelope) -> None:
         "Put an envelope into its function's queue."
-        ...
 
     def vacant(self, plan: Plan) -> list[Seat]:
         "Seats of a run where nobody sits."
-        ...
 
     def sit(self, seat: Seat, who: str) -> None:
         "Take a seat, whoever sits there."
-        ...
 
     def take(self, seat: Seat, who: str, wait: float = 1.0) -> list[Envelope] | None:
         "A share of the queue, after `wait` seconds at most; None if somebody else has the seat."
-        ...
 
     def leave(self, seat: Seat, who: str) -> None:
         "Leave a seat; what is in hand goes back."
-        ...
 
 # %% ../../nbs/cloud/04_interfaces.ipynb #4a83713e
 class Count(NamedTuple):
@@ -264,27 +238,21 @@ class Ledger(Protocol):
 
     def started(self, message: Message) -> None:
         "Count an attempt."
-        ...
 
     def finished(self, message: Message, seconds: float) -> None:
         "Record the end and the duration, once."
-        ...
 
     def cost(self, message: Message, cost: float) -> None:
         "Record a mini-batch's cost."
-        ...
 
     def spent(self, message: Message, dollars: float) -> None:
         "Record what the run has cost so far, for those who watch from outside."
-        ...
 
     def entry(self, message: Message) -> Entry:
         "One invocation."
-        ...
 
     def counts(self, plan: Plan) -> dict[str, Count]:
         "All invocations of a run, by function."
-        ...
 
 # %% ../../nbs/cloud/04_interfaces.ipynb #0d6d43cd
 class NoFile(InputError):
@@ -301,31 +269,24 @@ class Bucket(Protocol):
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         "What it raises when it can't be reached, or refuses."
-        ...
 
     def get(self, key: str) -> bytes:
         "A file's content; raises `InputError` if there is none."
-        ...
 
     def read(self, key: str, etag: str = "") -> tuple[bytes, str]:
         "A file's content and its fingerprint; raises `NoFile`, or `Replaced` if it is not `etag`."
-        ...
 
     def put(self, key: str, content: bytes) -> None:
         "Write a file."
-        ...
 
     def remove(self, key: str) -> None:
         "Take a file away, if it is there."
-        ...
 
     def keys(self, prefix: str) -> list[str]:
         "Names of all files that begin with `prefix`."
-        ...
 
     def __hash__(self) -> int:
         "What was read from a bucket is remembered by the bucket."
-        ...
 
 
 class Topic(Protocol):
@@ -333,7 +294,6 @@ class Topic(Protocol):
 
     def tell(self, subject: str, text: str) -> None:
         "Send a mail; one that can't be delivered ends nothing."
-        ...
 
 
 class Log(Protocol):
@@ -347,4 +307,3 @@ class Log(Protocol):
         error: Exception | None = None,  # that ended it
     ) -> None:
         "Write the line of an invocation, of all that was noted."
-        ...

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from ..errors import InputError
-from ..maths.parameters import Parameters
+from ..maths.parameters import MOMENTS, Parameters
 
 # %% ../../nbs/cloud/01_messages.ipynb #cacf1cee
 Function = Literal["LaunchLambda", "TrainerLambda", "NeuronLambda"]
@@ -140,8 +140,7 @@ def epoch_messages(
     whole = plan.parameters.granularity == "network"
     first = ("NeuronLambda", "network") if whole else ("TrainerLambda", "start")
     return [
-        Message(*first, plan.run, epoch, batch, source=source)
-        for batch in range(plan.batches)
+        Message(*first, plan.run, epoch, batch, source=source) for batch in range(plan.batches)
     ]
 
 # %% ../../nbs/cloud/01_messages.ipynb #26b4d866
@@ -165,10 +164,7 @@ def weight_bytes(
     inputs: int,  # values per image
 ) -> list[int]:  # of each layer, what the optimizer keeps included
     "What the weights of a network need."
-    widths, kept = (
-        [inputs, *parameters.sizes],
-        {"sgd": 1, "momentum": 2, "adam": 3}[parameters.optimizer.name],
-    )
+    widths, kept = [inputs, *parameters.sizes], 1 + MOMENTS[parameters.optimizer.name]
     each = kept * (4 if parameters.dtype == "float32" else 8)
     return [each * n * (n_prev + 1) for n_prev, n in zip(widths, widths[1:])]
 

@@ -47,31 +47,24 @@ class Services(Protocol):
 
     def bucket(self, name: str) -> Bucket:
         "A bucket, by name."
-        ...
 
     def prepare(self) -> None:
         "Make what needs no server, so that the first invocation is not the one that waits."
-        ...
 
     def check(self) -> None:
         "Raise an `InputError` unless the store can be used."
-        ...
 
     def doors(self) -> dict[str, str]:
         "Addresses of all that a function must reach beside the store, by what it is."
-        ...
 
     def uploads(self, event: dict) -> list[Upload]:
         "The files that an event tells of."
-        ...
 
     def answer(self, event: dict) -> dict | None:
         "What an event asks about the surroundings themselves, as how long they take."
-        ...
 
     def failures(self, event: dict) -> list[Failure]:
         "The events that an event tells of, which failed for good."
-        ...
 
 # %% ../../nbs/cloud/07_services.ipynb #bbab1a5d
 def backend(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from .inputs import FEW, Account, check_login, quota, reserved, zones
+from .inputs import FEW, Account, check_login, items, quota, reserved, zones
 from .standing import CPU
 from ..errors import InputError
 
@@ -49,12 +49,8 @@ def applied(
     *words: str,  # that are all in the quota's name
 ) -> float:
     "A quota as it is applied to this account; raises `LookupError` if there is none of that name."
-    pages = (
-        account.client("service-quotas")
-        .get_paginator("list_service_quotas")
-        .paginate(ServiceCode=service)
-    )
-    for item in (item for page in pages for item in page["Quotas"]):
+    what = "service-quotas", "list_service_quotas", "Quotas"
+    for item in items(account, *what, ServiceCode=service):
         if all(word in item["QuotaName"] for word in words):
             return item["Value"]
     raise LookupError(f"Service Quotas knows no {' '.join(words)} of {service}")

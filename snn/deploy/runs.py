@@ -23,7 +23,7 @@ from ..backends.aws.bucket import Bucket
 from ..cloud.messages import LAMBDA, Resumption, Upload, check_run
 from ..data import h5 as datasets
 from ..data.apart import try_apart
-from .inputs import Account, describe, parameters_of
+from .inputs import Account, describe, items, parameters_of
 from .wheels import clone_folder
 from ..errors import InputError
 from ..handlers.upload import ANSWERS, Answer, run_id
@@ -228,23 +228,17 @@ def errors_since(
     lines = []
     for function in ("LaunchLambda", "TrainerLambda", "NeuronLambda"):
         try:
-            pages = list(
-                account.client("logs")
-                .get_paginator("filter_log_events")
-                .paginate(
-                    logGroupName=f"/aws/lambda/{stack}-{function}",
-                    startTime=round(since * 1000),
-                    filterPattern="ERROR",
-                    PaginationConfig={"MaxItems": 20},
-                )
+            events = items(
+                account,
+                *("logs", "filter_log_events", "events"),
+                logGroupName=f"/aws/lambda/{stack}-{function}",
+                startTime=round(since * 1000),
+                filterPattern="ERROR",
+                PaginationConfig={"MaxItems": 20},
             )  # a page may be empty although others follow
         except ClientError:
             continue  # it has not written anything yet
-        lines += [
-            f"{function}: {readable(event['message'])}"
-            for page in pages
-            for event in page["events"]
-        ]
+        lines += [f"{function}: {readable(event['message'])}" for event in events]
     return lines
 
 # %% ../../nbs/deploy/05_runs.ipynb #5002a6a2
@@ -255,11 +249,8 @@ def new_answers(
 ) -> list[Answer]:
     "What LaunchLambda has said of uploads; at first, of those that are as new as the data set that lies there."
     s3 = account.client("s3")
-    found = [
-        item
-        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=ANSWERS)
-        for item in page.get("Contents", [])
-    ]
+    what = "s3", "list_objects_v2", "Contents"
+    found = items(account, *what, Bucket=bucket, Prefix=ANSWERS)
     mark = lambda item: (item["Key"], item["LastModified"], item["ETag"])
     if not known:
         since = _uploaded(s3, bucket)
@@ -319,12 +310,9 @@ def stopped(
     run: str,
 ) -> str:  # empty if it was not
     "Why a run ended before its time."
-    found = Bucket(account.client("s3"), bucket).keys(f"training_results/{run}/stopped.json")
-    return (
-        json.loads(Bucket(account.client("s3"), bucket).get(found[0]))["reason"]
-        if found
-        else ""
-    )
+    place = Bucket(account.client("s3"), bucket)
+    found = place.keys(f"training_results/{run}/stopped.json")
+    return json.loads(place.get(found[0]))["reason"] if found else ""
 
 # %% ../../nbs/deploy/05_runs.ipynb #1419efae
 def _figures(

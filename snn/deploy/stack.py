@@ -23,6 +23,7 @@ from snn.deploy.inputs import (
     Inputs,
     artifacts_bucket,
     describe,
+    items,
     parameters_of,
 )
 from .package import Package
@@ -144,11 +145,7 @@ def events_of(
     stack: str,  # name or id
 ) -> list[Event]:
     "All events of one stack, oldest first."
-    pages = (
-        account.client("cloudformation")
-        .get_paginator("describe_stack_events")
-        .paginate(StackName=stack)
-    )
+    what = "cloudformation", "describe_stack_events", "StackEvents"
     return [
         Event(
             e["EventId"],
@@ -160,8 +157,7 @@ def events_of(
             e.get("ResourceStatusReason", ""),
             e.get("PhysicalResourceId", ""),
         )
-        for page in pages
-        for e in page["StackEvents"]
+        for e in items(account, *what, StackName=stack)
     ][::-1]
 
 
@@ -319,13 +315,10 @@ def changes_of(
     where: str = "",  # the nested stack that it is of, with a slash
 ) -> list[Change]:
     "What a change set would do, nested stacks included if it has theirs."
-    pages = (
-        account.client("cloudformation")
-        .get_paginator("describe_change_set")
-        .paginate(ChangeSetName=change_set)
-    )
+    what = "cloudformation", "describe_change_set", "Changes"
     found = []
-    for item in [item["ResourceChange"] for page in pages for item in page["Changes"]]:
+    for one in items(account, *what, ChangeSetName=change_set):
+        item = one["ResourceChange"]
         action, name = item["Action"], f"{where}{item['LogicalResourceId']}"
         if action == "Modify" and item.get("Replacement") in ("True", "Conditional"):
             action = "Replace"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from .inputs import TAG, Account, describe, parameters_of
+from .inputs import TAG, Account, describe, items, parameters_of
 from .stack import Event, all_events, failure, follow
 from ..errors import InputError
 
@@ -31,15 +31,10 @@ def resources(
     stack: str,  # name or id
 ) -> list[Resource]:
     "All resources of a stack and those nested in it."
-    pages = (
-        account.client("cloudformation")
-        .get_paginator("list_stack_resources")
-        .paginate(StackName=stack)
-    )
+    what = "cloudformation", "list_stack_resources", "StackResourceSummaries"
     found = [
         Resource(r["ResourceType"], r["PhysicalResourceId"])
-        for page in pages
-        for r in page["StackResourceSummaries"]
+        for r in items(account, *what, StackName=stack)
         if r.get("PhysicalResourceId")
         and not r["ResourceStatus"].startswith("DELETE_COMPLETE")
     ]
@@ -108,13 +103,8 @@ def delete_tasks(
 ) -> int:  # deleted, all numbers counted
     "Delete what ECS keeps of a task's definitions after they have been given up."
     ecs, family = account.client("ecs"), arn.rpartition("/")[2].partition(":")[0]
-    arns = [
-        name
-        for page in ecs.get_paginator("list_task_definitions").paginate(
-            familyPrefix=family, status="INACTIVE"
-        )
-        for name in page["taskDefinitionArns"]
-    ]
+    what = "ecs", "list_task_definitions", "taskDefinitionArns"
+    arns = items(account, *what, familyPrefix=family, status="INACTIVE")
     for first in range(0, len(arns), 10):
         ecs.delete_task_definitions(taskDefinitions=arns[first : first + 10])
     return len(arns)
@@ -167,21 +157,19 @@ def forget_notebook(
     name: str,  # name or ARN of a notebook instance
 ) -> int:  # streams deleted
     "Delete a notebook instance's log streams; their group belongs to all notebooks of the account."
-    logs, count = account.client("logs"), 0
-    prefix = name.rpartition("/")[2] + "/"
+    group, own = {"logGroupName": NOTEBOOK_LOGS}, name.rpartition("/")[2] + "/"
+    what = account, "logs", "describe_log_streams", "logStreams"
     try:
-        for page in logs.get_paginator("describe_log_streams").paginate(
-            logGroupName=NOTEBOOK_LOGS, logStreamNamePrefix=prefix
-        ):
-            for stream in page["logStreams"]:
-                logs.delete_log_stream(
-                    logGroupName=NOTEBOOK_LOGS, logStreamName=stream["logStreamName"]
-                )
-                count += 1
+        streams = items(*what, **group, logStreamNamePrefix=own)
     except ClientError as error:
         if error.response["Error"]["Code"] != "ResourceNotFoundException":
             raise
-    return count
+        return 0
+    for stream in streams:
+        account.client("logs").delete_log_stream(
+            **group, logStreamName=stream["logStreamName"]
+        )
+    return len(streams)
 
 
 LOGS = {
@@ -216,11 +204,7 @@ def tables(
         f"{stack}-{name}"
         for name in ("LaunchLambda", "TrainerLambda", "NeuronLambda", "Costs")
     ]
-    there = {
-        name
-        for page in account.client("dynamodb").get_paginator("list_tables").paginate()
-        for name in page["TableNames"]
-    }
+    there = items(account, "dynamodb", "list_tables", "TableNames")
     return [name for name in names if name in there]
 
 
@@ -250,12 +234,9 @@ def tagged(
     stack: str,
 ) -> list[str]:
     "ARNs of all that has the stack's tag. The list of tags lags behind, so tables and buckets are asked for by name."
-    pages = (
-        account.client("resourcegroupstaggingapi")
-        .get_paginator("get_resources")
-        .paginate(TagFilters=[{"Key": TAG, "Values": [stack]}])
-    )
-    arns = [item["ResourceARN"] for page in pages for item in page["ResourceTagMappingList"]]
+    what = "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList"
+    tag = {"Key": TAG, "Values": [stack]}
+    arns = [item["ResourceARN"] for item in items(account, *what, TagFilters=[tag])]
     there = {
         *tables(account, stack),
         *(bucket["Name"] for bucket in account.client("s3").list_buckets()["Buckets"]),

@@ -13,7 +13,7 @@ from ..cloud.meter import FUNCTIONS, bill
 from ..cloud.prices import Book
 from .estimate import paid_for, run_seconds
 from .simulation import enough_epochs, on_aws, simulate
-from .work import epoch_work, run_work
+from .work import epoch_work
 
 # %% ../../nbs/estimate/09_alternatives.ipynb #6de841e7
 class Alternative(NamedTuple):
@@ -44,7 +44,7 @@ def ours(
 ) -> Ours:
     "What an alternative is compared with."
     outcome = simulate(plan, on_aws(plan, book), enough_epochs(plan, 600))
-    usage = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
+    usage = paid_for(plan, outcome, epochs, book)
     gb = {name: book.setup[key].value / 1024 for name, key in FUNCTIONS.items()}
     return Ours(
         epoch_work(plan).messages,

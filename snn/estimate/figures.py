@@ -13,13 +13,11 @@ import msgspec
 from matplotlib.figure import Figure
 
 from ..cloud.messages import Plan
-from ..cloud.meter import bill
 from ..cloud.prices import Book
 from .calibration import Point
 from .designs import ORIGINAL_EPOCH, default_plan, designs, with_residents
-from .estimate import paid_for, run_seconds
+from .estimate import taken_by
 from .simulation import Outcome, aws, enough_epochs, on_aws, simulate
-from .work import run_work
 from ..viz.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, SKY, VERMILLION, sheet
 
 # %% ../../nbs/estimate/06_figures.ipynb #3fecf900
@@ -175,10 +173,7 @@ def priced(
         plan = default_plan("neuron" if name == "original" else name.split(",")[0])
         if "resident" in name:
             plan = with_residents(plan)
-        usage = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
-        result.append(
-            Design(name, run_seconds(outcome, epochs), sum(bill(usage, book).values()))
-        )
+        result.append(Design(name, *taken_by(plan, outcome, epochs, book)))
     return result
 
 
@@ -236,10 +231,7 @@ def numbers_of_residents(
     for count in counts:
         chosen = with_residents(plan, count)
         outcome = simulate(chosen, on_aws(chosen, book), enough_epochs(plan, messages))
-        usage = paid_for(chosen, outcome, epochs, run_work(chosen, epochs), book)
-        found.append(
-            Design(str(count), run_seconds(outcome, epochs), sum(bill(usage, book).values()))
-        )
+        found.append(Design(str(count), *taken_by(chosen, outcome, epochs, book)))
     return found
 
 

@@ -19,9 +19,8 @@ from ..cloud.messages import Plan
 from ..cloud.meter import Usage, bill
 from ..cloud.prices import Book, Number
 from ..errors import InputError
-from .estimate import paid_for, run_seconds
+from .estimate import paid_for, taken_by
 from .simulation import on_aws, simulate
-from .work import run_work
 
 # %% ../../nbs/estimate/07_measured.ipynb #c8ba9d68
 class Measured(NamedTuple):
@@ -185,15 +184,9 @@ def compare(
     for plan, usage, dollars in measured.runs:
         epochs = plan.parameters.epochs
         outcome = simulate(plan, on_aws(plan, book), epochs)
-        own = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
-        found.append(
-            Comparison(
-                plan.parameters.granularity,
-                plan.parameters.residents,
-                (3600 * usage.hours, run_seconds(outcome, epochs)),
-                (dollars, sum(bill(own, book).values())),
-            )
-        )
+        pairs = zip((3600 * usage.hours, dollars), taken_by(plan, outcome, epochs, book))
+        how = plan.parameters.granularity, plan.parameters.residents
+        found.append(Comparison(*how, *pairs))
     return found
 
 # %% ../../nbs/estimate/07_measured.ipynb #25e29924
@@ -207,7 +200,7 @@ def as_record(
     for plan in plans:
         epochs = plan.parameters.epochs
         outcome = simulate(plan, on_aws(plan, book), epochs)
-        usage = paid_for(plan, outcome, epochs, run_work(plan, epochs), book)
+        usage = paid_for(plan, outcome, epochs, book)
         facts = {"plan": plan, "usage": usage, "dollars": sum(bill(usage, book).values())}
         stages[f"train {len(stages)}"] = {"ended": 0.0, "facts": facts}
     values = {name: [book.latencies[name].value] * 3 for name in latencies}

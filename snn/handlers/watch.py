@@ -25,9 +25,7 @@ def waits_for(
     finished = lambda start: services.runs.finished_steps(plan.run, start.batch, epoch)
     starts = epoch_messages(plan, epoch, status.source)
     waiting = [m for start in starts for m in missing(plan, start, finished(start))]
-    return waiting or [
-        Message("LaunchLambda", "next", plan.run, epoch, source=status.source)
-    ]
+    return waiting or [Message("LaunchLambda", "next", plan.run, epoch, source=status.source)]
 
 # %% ../../nbs/handlers/05_watch.ipynb #81ae9292
 def mend(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'RunName', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment', 'Dropout',
-           'Parameters', 'from_dict', 'parse', 'read', 'encode']
+           'Dtype', 'RunName', 'MOMENTS', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment',
+           'Dropout', 'Parameters', 'from_dict', 'parse', 'read', 'encode']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -45,7 +45,11 @@ RunName = Annotated[
         description="a name of up to 64 letters, digits, blanks, dots, hyphens and underscores",
     ),
 ]
-Rule = Annotated[Literal["sgd", "momentum", "adam"], Meta(description="sgd, momentum or adam")]
+MOMENTS = {"sgd": 0, "momentum": 1, "adam": 2}  # pairs like (W, b) that an optimizer remembers
+Rule = Annotated[
+    Literal[*MOMENTS],  # ty: ignore[invalid-type-form]
+    Meta(description=" or ".join(", ".join(MOMENTS).rsplit(", ", 1))),
+]
 Standardise = Annotated[Literal["range", "mean"], Meta(description="range or mean")]
 Switch = Annotated[bool, Meta(description="true or false")]
 

@@ -89,11 +89,7 @@ class Question(BaseModel):
     "Pictures to be looked at."
 
     model_config = ConfigDict(extra="forbid")
-    images: list[Uploaded | Linked] = Field(
-        min_length=1,
-        max_length=16,
-        description="one or more pictures; at most 4 of them by address",
-    )
+    images: list[Uploaded | Linked] = Field(min_length=1, description="one or more pictures")
 
 # %% ../../nbs/serve/09_request.ipynb #7cdc8e5a
 def _one(number: int, value: Any) -> Asked:

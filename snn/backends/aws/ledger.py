@@ -42,23 +42,21 @@ class DynamoLedger(StoreLedger):
         key: dict,
         expression: str,
         values: dict,
-        names: dict = {},
-        condition: str | None = None,
-    ):
+        **more,  # as `update_item` takes it
+    ) -> None:
         "Write, and note what DynamoDB does not take: the ledger is looked at, and no run needs it."
         from botocore.exceptions import BotoCoreError, ClientError
 
-        extra: dict = {"ConditionExpression": condition} if condition else {}
-        if names:
-            extra["ExpressionAttributeNames"] = names
-        values = {**values, ":expires": {"N": str(int(time.time()) + KEEP)}}
         try:
             self.dynamodb.update_item(
                 TableName=self.prefix + table,
                 Key=key,
-                UpdateExpression=f"{expression}",
-                ExpressionAttributeValues=values,
-                **extra,
+                UpdateExpression=f"{expression}, expires = :expires",
+                ExpressionAttributeValues={
+                    **values,
+                    ":expires": {"N": str(int(time.time()) + KEEP)},
+                },
+                **more,
             )
         except self.dynamodb.exceptions.ConditionalCheckFailedException:
             pass  # a duplicate: recorded before
@@ -66,56 +64,48 @@ class DynamoLedger(StoreLedger):
             note(f"not in the ledger, table {self.prefix}{table}: {error}")
             self.missed(f"ledger of run {run}, table {self.prefix}{table}", str(error))
 
-    def started(self, message: Message) -> None:
-        "Count an attempt."
+    def _of_invocation(self, message: Message, expression: str, number: int, **more) -> None:
+        "Write about an invocation; one of a function that stays is not written about."
         if message.run in self.residents:
             return
-        self._update(
-            message.run,
-            message.function,
-            {"invID": {"S": message.id}},
-            "SET cnt = if_not_exists(cnt, :zero), started = if_not_exists(started, :now), expires = :expires ADD attempts :one",
-            {":zero": {"N": "0"}, ":one": {"N": "1"}, ":now": {"N": f"{time.time():.6f}"}},
+        key, now = {"invID": {"S": message.id}}, {"N": f"{time.time():.6f}"}
+        values = {":one": {"N": "1"}, ":now": now, ":number": {"N": str(number)}}
+        self._update(message.run, message.function, key, expression, values, **more)
+
+    def started(self, message: Message) -> None:
+        "Count an attempt."
+        self._of_invocation(
+            message,
+            "ADD attempts :one SET cnt = if_not_exists(cnt, :number), started = if_not_exists(started, :now)",
+            0,
         )
 
     def finished(self, message: Message, seconds: float) -> None:
         "Record the end and the duration, once."
-        if message.run in self.residents:
-            return
+        self._of_invocation(
+            message,
+            "SET cnt = :one, finished = :now, microseconds = :number",
+            round(seconds * 1e6),
+            ConditionExpression="attribute_not_exists(finished)",
+        )
+
+    def _of_epoch(self, message: Message, name: str, value: float) -> None:
+        "Write a number into the epoch's item of the Costs table."
+        key = {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}}
+        values, names = {":value": {"S": repr(value)}}, {"#name": name}
         self._update(
-            message.run,
-            message.function,
-            {"invID": {"S": message.id}},
-            "SET cnt = :one, finished = :now, microseconds = :took, expires = :expires",
-            {
-                ":one": {"N": "1"},
-                ":now": {"N": f"{time.time():.6f}"},
-                ":took": {"N": str(round(seconds * 1e6))},
-            },
-            condition="attribute_not_exists(finished)",
+            *(message.run, "Costs", key, "SET #name = :value", values),
+            ExpressionAttributeNames=names,
         )
 
     def cost(self, message: Message, cost: float) -> None:
         "Write a mini-batch's cost into the Costs table."
         super().cost(message, cost)
-        self._update(
-            message.run,
-            "Costs",
-            {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
-            "SET #batch = :cost, expires = :expires",
-            {":cost": {"S": repr(cost)}},
-            {"#batch": f"batch{message.batch}"},
-        )
+        self._of_epoch(message, f"batch{message.batch}", cost)
 
     def spent(self, message: Message, dollars: float) -> None:
         "Write beside the epoch's costs what the run has cost so far, for those who watch from outside."
-        self._update(
-            message.run,
-            "Costs",
-            {"run": {"S": message.run}, "epoch": {"N": str(message.epoch)}},
-            "SET spent = :spent, expires = :expires",
-            {":spent": {"S": repr(dollars)}},
-        )
+        self._of_epoch(message, "spent", dollars)
 
     def entry(self, message: Message) -> Entry:
         "One invocation; of any epoch."
