@@ -158,17 +158,15 @@ def forget_notebook(
 ) -> int:  # streams deleted
     "Delete a notebook instance's log streams; their group belongs to all notebooks of the account."
     group, own = {"logGroupName": NOTEBOOK_LOGS}, name.rpartition("/")[2] + "/"
-    what = account, "logs", "describe_log_streams", "logStreams"
+    what, streams = (account, "logs", "describe_log_streams", "logStreams"), []
     try:
         streams = items(*what, **group, logStreamNamePrefix=own)
+        for stream in streams:
+            name = stream["logStreamName"]
+            account.client("logs").delete_log_stream(**group, logStreamName=name)
     except ClientError as error:
         if error.response["Error"]["Code"] != "ResourceNotFoundException":
             raise
-        return 0
-    for stream in streams:
-        account.client("logs").delete_log_stream(
-            **group, logStreamName=stream["logStreamName"]
-        )
     return len(streams)
 
 

@@ -259,9 +259,9 @@ def test_only_the_stacks_own_notebook_logs_are_deleted():
     )
     stubber = account.clients["logs"][1]
     stream = {"logGroupName": NOTEBOOK_LOGS, "logStreamName": "Cats/jupyter.log"}
-    stubber.add_response("delete_log_stream", {}, stream)
     more = {"logGroupName": NOTEBOOK_LOGS, "logStreamNamePrefix": "Cats/", "nextToken": ANY}
     stubber.add_response("describe_log_streams", {"logStreams": []}, more)
+    stubber.add_response("delete_log_stream", {}, stream)
     arn = "arn:aws:sagemaker:us-east-1:123456789012:notebook-instance/Cats"
     assert forget_notebook(account, arn) == 1
     account.done()
