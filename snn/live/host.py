@@ -65,7 +65,7 @@ def hosted(
     try:
         yield f"http://{host}:{port}/?token={stage.token}"
     finally:
-        server.should_exit = True
+        server.should_exit = stage.closed = True
         thread.join()
         stage.watcher.close()
         if stage.pace:

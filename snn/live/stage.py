@@ -7,13 +7,13 @@ __all__ = ['MOST', 'STATIC', 'Stage', 'fork', 'Fork', 'answer']
 
 # %% ../../nbs/live/04_stage.ipynb #9680ac1a
 import secrets
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 
 import msgspec
 import numpy as np
 
-from .neuron import neuron_at
+from .neuron import Moment, moment_at, neuron_at
 from .watching import Watcher
 from ..maths.augment import prepare
 from ..maths.network import Layer, activations, cost, initialise, train_epoch
@@ -32,7 +32,7 @@ class Stage:
         pace=None,  # that can hold the run back, and let it go on by a step
     ):
         self.watcher, self.film, self.name = watcher, watcher.film, name
-        self.pace, self.listeners = pace, 0
+        self.pace, self.listeners, self.closed = pace, 0, False
         self.X, self.Y = train_x.reshape(len(train_x), -1), train_y
         self.token = secrets.token_urlsafe(16)
 
@@ -56,15 +56,36 @@ class Stage:
             "batches": -(-len(self.X) // parameters.batch_size),
         }
 
+    @cached_property
+    def prepared(self) -> tuple[np.ndarray, np.ndarray | None]:
+        "What all epochs have in common, from `prepare`."
+        return prepare(self.film.model.parameters, self.X)
+
+    @lru_cache(maxsize=2)
+    def moment(self, epoch: int, batch: int) -> Moment:
+        "A mini-batch at the nearest frame: from one neuron to the next, it stays the same."
+        parameters, frame = self.film.model.parameters, self.film.nearest(epoch)
+        return moment_at(parameters, frame, *self.prepared, self.Y, batch)
+
     @lru_cache(maxsize=2)
     def weights(self, epoch: int) -> list[Layer]:
         "The network at the beginning of an epoch, in all its digits."
         parameters = self.film.model.parameters
-        (X, mean), Y = prepare(parameters, self.X), self.Y
+        (X, mean), Y = self.prepared, self.Y
         layers = initialise(parameters, X.shape[1])
         for number in range(epoch):
             _, layers = train_epoch(parameters, layers, X, Y, number, mean)
         return layers
+
+    @property
+    def held(self) -> bool:
+        "Does the run wait for the onlooker?"
+        return self.pace is not None and self.pace.held
+
+    @property
+    def hurries(self) -> bool:
+        "Does the run go on as fast as it can?"
+        return self.watcher.state["state"] == "running" and not self.held
 
     def state(self) -> dict:
         "How the run stands, and which frames there are."
@@ -72,8 +93,7 @@ class Stage:
             {"epoch": f.epoch, "cost": f.test_cost, "accuracy": f.accuracy}
             for f in self.film.all()
         ]
-        held = self.pace is not None and self.pace.held
-        return {**self.watcher.state, "frames": frames, "held": held}
+        return {**self.watcher.state, "frames": frames, "held": self.held}
 
 # %% ../../nbs/live/04_stage.ipynb #ad3d8876
 @np.errstate(all="ignore")  # what is not finite is refused
@@ -88,7 +108,7 @@ def fork(
     if not (0 <= epoch <= newest and 1 <= epochs <= MOST):
         raise LookupError(f"epoch may be 0 to {newest}, and epochs 1 to {MOST}")
     model, silent = stage.film.model, [c for c in changes if c.weight is None]
-    (X, mean), Y = prepare(model.parameters, stage.X), stage.Y
+    (X, mean), Y = stage.prepared, stage.Y
     shown, truth = model.inputs(stage.film.test_x), stage.film.test_y[None]
     layers = changed(stage.weights(epoch), changes)
     train, test = [], []
@@ -136,6 +156,7 @@ def answer(
         return stage.film.nearest(number("epoch")).content()
     if path == "neuron":
         frame = stage.film.nearest(number("epoch"))
-        where = (number("batch"), number("layer"), number("neuron"))
-        return neuron_at(stage.film.model.parameters, frame, stage.X, stage.Y, *where)
+        moment = stage.moment(frame.epoch, number("batch"))
+        where = number("layer"), number("neuron")
+        return neuron_at(stage.film.model.parameters, moment, *where)
     raise LookupError(f"there is nothing at {path}")

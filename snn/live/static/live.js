@@ -132,6 +132,19 @@ const digits = (x) => (x === null || x === undefined ? "–" : Math.abs(x) >= 1e
 const percent = (x) => `${Math.round(100 * x)} %`;
 const SHOWN = 40; // neurons of a layer that are drawn
 
+// The indices below n with the largest values, largest first; a sort of thousands would take longer than all else.
+function largestOf(n, value, count) {
+  const found = [];
+  for (let j = 0; j < n; j++) {
+    const v = value(j);
+    if (found.length === count && v <= found[count - 1].v) continue;
+    const place = found.findIndex((one) => one.v < v);
+    found.splice(place < 0 ? found.length : place, 0, { j, v });
+    found.length = Math.min(found.length, count);
+  }
+  return found.map(({ j }) => j);
+}
+
 // A picture of numbers, orange below zero and blue above; three of them are a pixel.
 function weightPicture(canvas, values, edge) {
   canvas.width = canvas.height = edge;
@@ -170,7 +183,7 @@ export async function mount(element, source) {
   });
   const view = {
     epoch: 0, following: true, playing: false, picture: test[0], chosen: { layer: 1, neuron: 0 },
-    pixel: { row: Math.floor(run.size / 2), column: Math.floor(run.size / 2) }, gradient: null, calls: null,
+    pixel: null, gradient: null, calls: null,
     silent: new Set(), changes: new Map(), state: { frames: [], costs: [], steps: [] }, network: null, first: null, fork: null,
   };
   const known = new Map(); // frames by epoch
@@ -185,6 +198,7 @@ export async function mount(element, source) {
   // What stands where
   const at = {};
   const part = (name, kind, attributes = {}, ...children) => (at[name] = make(kind, attributes, ...children));
+  const numberPicture = (name) => make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": name });
   const pressed = (button, on) => button.setAttribute("aria-pressed", String(on));
   element.replaceChildren(
     make("header", {},
@@ -225,7 +239,7 @@ export async function mount(element, source) {
       part("table", "p", { class: "soft" })),
     make("section", { class: "card", "aria-label": "timeline" },
       part("timelineTitle", "h2", {}, "A bar per Lambda invocation"),
-      part("timeline", "div"),
+      part("timeline", "div", { onclick: openCall }),
       part("call", "p", { class: "call-told" }),
       part("calls", "p", { class: "soft" }),
       part("callKeys", "p", { class: "soft" },
@@ -235,7 +249,15 @@ export async function mount(element, source) {
         make("span", { class: "key" }, make("i", { style: "border: 2px dashed var(--soft)" }), "begun, not finished"),
         make("span", { class: "key" }, make("i", { style: "border: 2px solid var(--ink)" }), "more than one attempt")))),
     make("section", { class: "card", "aria-label": "the chosen neuron" },
-      part("numbers", "div"), part("pixel", "div"), make("h3", {}, "Backward"), part("back", "div"),
+      part("neuron", "h2", {}),
+      part("weights", "div", { class: "sheet" },
+        make("figure", {}, pixels(numberPicture("its weights as a picture")), make("figcaption", {}, "weights: one for each colour of each pixel")),
+        make("figure", {}, pixels((at.change = numberPicture("the change of its weights since the first frame"))), make("figcaption", {}, "what the training has changed in them"))),
+      make("h3", {}, "Forward"), part("z", "p"), part("a", "p"),
+      make("details", {}, part("termsTitle", "summary", { class: "soft" }),
+        make("table", {}, make("thead", {}, make("tr", {}, ...["input", "w", "a before", "w · a"].map((x) => make("th", { scope: "col" }, x)))), part("terms", "tbody"))),
+      part("pixel", "div"), make("h3", {}, "Backward"), part("back", "div"),
+      part("gradient", "figure", {}, pixels(numberPicture("the gradient of its weights as a picture")), make("figcaption", {}, "dw: how the cost changes with each weight")),
       make("h3", {}, "Its Lambda"), part("own", "div"), part("faultHint", "p", { class: "soft" }),
       part("faults", "div", { class: "bar", role: "group", "aria-label": "what happens to its next invocation" },
         ...[["delay", "Delay it"], ["duplicate", "Deliver it twice"], ["kill", "Kill it"]].map(([kind, name]) => make("button", { type: "button", onclick: () => askFault(kind) }, name))),
@@ -254,6 +276,7 @@ export async function mount(element, source) {
 
   // Moments
   function frames() { return view.state.frames.map((frame) => frame.epoch); }
+  let loading = null;
   async function go(epoch) {
     const all = frames();
     if (!all.length) return;
@@ -261,9 +284,16 @@ export async function mount(element, source) {
     at.slider.value = view.epoch;
     at.epoch.textContent = `epoch ${view.epoch} of ${Math.max(view.epoch, ...all)}`;
     at.slider.setAttribute("aria-valuetext", at.epoch.textContent);
-    view.network = await frameAt(view.epoch);
-    view.first = await frameAt(all[0]);
-    draw();
+    await (loading ??= load(all[0]).finally(() => { loading = null; }));
+  }
+  // One frame at a time: while it comes, a newer one may be wanted.
+  async function load(first) {
+    for (let loaded = null; loaded !== view.epoch;) {
+      loaded = view.epoch;
+      const [network, begun] = [await frameAt(loaded), await frameAt(first)];
+      Object.assign(view, { network, first: begun });
+      draw();
+    }
   }
   function move(by) {
     const all = frames(), now = all.indexOf(view.epoch);
@@ -326,7 +356,13 @@ export async function mount(element, source) {
     } catch { at.news.textContent = `${file.name} is not a picture that this browser can read.`; }
   }
   function choose(layer, neuron) { view.chosen = { layer, neuron }; draw(); }
-  function choosePixel(row, column) { view.pixel = { row, column }; draw(); }
+  function choosePixel(row, column) {
+    const middle = (i) => `${(100 * (i + 0.5)) / run.size}%`;
+    view.pixel = { row, column };
+    element.style.setProperty("--pixel-row", middle(row));
+    element.style.setProperty("--pixel-column", middle(column));
+    draw();
+  }
   function silence() {
     const name = `${view.chosen.layer}/${view.chosen.neuron}`;
     if (!view.silent.delete(name)) view.silent.add(name);
@@ -351,6 +387,7 @@ export async function mount(element, source) {
   // The network as a drawing
   function draw() {
     if (!view.network) return;
+    element.dataset.layer = view.chosen.layer;
     view.shown = changedNetwork(view.network, view.changes.values());
     const { A, Z } = forward(view.shown, run.activations, view.picture.input, view.silent);
     drawNetwork(A);
@@ -379,52 +416,59 @@ export async function mount(element, source) {
     }
     return light;
   }
-  function drawNetwork(A) {
-    const focus = document.activeElement?.dataset?.node;
+  // It is built once and only coloured afterwards: what is replaced while a finger is down can't be clicked.
+  function buildNetwork() {
     const svg = make("svg", { viewBox: "0 0 620 390", role: "group", "aria-label": "neurons, layer by layer" });
-    const canvas = make("canvas", { style: "width: 110px; height: 110px", role: "img", "aria-label": view.picture.name });
-    showPicture(canvas, view.picture.pixels, run.size);
-    const hit = new Map(underWay().map((fault) => [`${fault.layer}/${fault.neuron}`, fault.kind === "kill" ? "killed" : "delayed"]));
-    for (let layer = 2; layer <= layers; layer++) {
-      const { W } = view.shown[layer - 1], width = run.sizes[layer - 1];
-      let largest = 1e-9;
-      for (const w of W) largest = Math.max(largest, Math.abs(w));
-      for (let i = 0; i < Math.min(run.sizes[layer], SHOWN); i++) for (let j = 0; j < Math.min(width, SHOWN); j++) {
-        const w = W[i * width + j], mine = (layer === view.chosen.layer && i === view.chosen.neuron) ||
-          (layer - 1 === view.chosen.layer && j === view.chosen.neuron);
-        const from = place(layer - 1, j), to = place(layer, i);
-        svg.append(make("line", { class: "edge", x1: from.x, y1: from.y, x2: to.x, y2: to.y,
-          stroke: w > 0 ? "var(--for)" : "var(--against)", "stroke-width": 0.5 + 2.5 * Math.abs(w) / largest,
-          "stroke-opacity": mine ? 0.9 : 0.12 + 0.25 * Math.abs(w) / largest }));
-      }
+    const canvas = make("canvas", { style: "width: 110px; height: 110px", role: "img" });
+    const drawn = (layer) => [...Array(Math.min(run.sizes[layer], SHOWN)).keys()];
+    const edges = [], nodes = [];
+    for (let layer = 2; layer <= layers; layer++) for (const i of drawn(layer)) for (const j of drawn(layer - 1)) {
+      const from = place(layer - 1, j), to = place(layer, i);
+      const line = make("line", { class: "edge", x1: from.x, y1: from.y, x2: to.x, y2: to.y });
+      edges.push({ line, layer, i, j });
+      svg.append(line);
     }
     for (let layer = 1; layer <= layers; layer++) {
-      const values = A[layer], largest = Math.max(1e-9, ...values.map(Math.abs));
-      const column = place(layer, 0).x;
+      const { x: column } = place(layer, 0), radius = Math.min(9, 100 / drawn(layer).length + 1);
       svg.append(make("text", { x: column, y: 10, "text-anchor": "middle", class: "soft" }, `${run.activations[layer - 1]} · ${run.sizes[layer]}`));
-      for (let i = 0; i < Math.min(run.sizes[layer], SHOWN); i++) {
-        const { x, y } = place(layer, i), a = values[i], name = `${layer}/${i}`;
-        const centre = run.activations[layer - 1] === "sigmoid" ? a - 0.5 : a;
-        const scale = run.activations[layer - 1] === "sigmoid" ? 0.5 : largest;
-        const radius = Math.min(9, 100 / Math.min(run.sizes[layer], SHOWN) + 1);
-        const lit = finished(layer, i), chosen = view.chosen.layer === layer && view.chosen.neuron === i;
-        const node = make("g", {
-          class: `node ${lit} ${chosen ? "chosen" : ""} ${view.silent.has(name) ? "silent" : ""} ${hit.has(name) ? "hit" : ""}`, role: "button",
-          tabindex: chosen ? 0 : -1, "data-node": name, "aria-pressed": String(chosen),
-          "aria-label": `neuron ${i} of layer ${layer}, activation ${digits(a)}${lit ? `, ${lit} step finished` : ""}${view.silent.has(name) ? ", silenced" : ""}${hit.has(name) ? `, its invocation is ${hit.get(name)}` : ""}`,
-          onclick: () => choose(layer, i), onkeydown: (event) => steer(event, layer, i),
-        },
-        make("circle", { class: "light", cx: x, cy: y, r: radius + 2 }),
-        make("circle", { cx: x, cy: y, r: radius, style: `fill: color-mix(in srgb, ${centre >= 0 ? "var(--for)" : "var(--against)"} ${Math.round(100 * Math.min(1, Math.abs(centre) / scale))}%, var(--card))` }),
-        make("title", {}, `neuron ${i} of layer ${layer}: a = ${digits(a)}`));
+      for (const i of drawn(layer)) {
+        const { x, y } = place(layer, i), title = make("title"), circle = make("circle", { cx: x, cy: y, r: radius });
+        const node = make("g", { role: "button", "data-node": `${layer}/${i}`, onclick: () => choose(layer, i), onkeydown: (event) => steer(event, layer, i) },
+          make("circle", { class: "light", cx: x, cy: y, r: radius + 2 }), circle, title);
+        nodes.push({ node, circle, title, layer, i });
         svg.append(node);
       }
       if (run.sizes[layer] > SHOWN) svg.append(make("text", { x: column, y: 385, "text-anchor": "middle", class: "soft" }, `${run.sizes[layer] - SHOWN} more`));
     }
-    const sheet = make("div", { class: "sheet flow" },
-      make("figure", {}, view.chosen.layer === 1 ? pixels(canvas) : canvas, make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg);
-    at.drawing.replaceChildren(sheet);
-    if (focus) at.drawing.querySelector(`[data-node="${focus}"]`)?.focus();
+    at.drawing.replaceChildren(make("div", { class: "sheet flow" }, make("figure", {}, pixels(canvas), make("figcaption", {}, `${run.size}×${run.size}×3 numbers`)), svg));
+    return { canvas, edges, nodes };
+  }
+  let network = null; // the drawing, once it is built
+  function drawNetwork(A) {
+    network ??= buildNetwork();
+    const { layer: l, neuron: n } = view.chosen, largest = (values) => values.reduce((most, x) => Math.max(most, Math.abs(x)), 1e-9);
+    showPicture(network.canvas, view.picture.pixels, run.size);
+    network.canvas.setAttribute("aria-label", view.picture.name);
+    const most = view.shown.map(({ W }, index) => (index ? largest(W) : 0));
+    for (const { line, layer, i, j } of network.edges) {
+      const w = view.shown[layer - 1].W[i * run.sizes[layer - 1] + j], strength = Math.abs(w) / most[layer - 1];
+      const mine = (layer === l && i === n) || (layer - 1 === l && j === n);
+      line.setAttribute("stroke", w > 0 ? "var(--for)" : "var(--against)");
+      line.setAttribute("stroke-width", 0.5 + 2.5 * strength);
+      line.setAttribute("stroke-opacity", mine ? 0.9 : 0.12 + 0.25 * strength);
+    }
+    const hit = new Map(underWay().map((fault) => [`${fault.layer}/${fault.neuron}`, fault.kind === "kill" ? "killed" : "delayed"]));
+    const scales = A.map((values, layer) => (layer && run.activations[layer - 1] !== "sigmoid" ? largest(values) : 0.5));
+    for (const { node, circle, title, layer, i } of network.nodes) {
+      const a = A[layer][i], name = `${layer}/${i}`, centre = run.activations[layer - 1] === "sigmoid" ? a - 0.5 : a;
+      const lit = finished(layer, i), chosen = layer === l && i === n, silent = view.silent.has(name);
+      node.setAttribute("class", ["node", lit, chosen && "chosen", silent && "silent", hit.has(name) && "hit"].filter(Boolean).join(" "));
+      node.setAttribute("tabindex", chosen ? 0 : -1);
+      node.setAttribute("aria-pressed", String(chosen));
+      node.setAttribute("aria-label", `neuron ${i} of layer ${layer}, activation ${digits(a)}${lit ? `, ${lit} step finished` : ""}${silent ? ", silenced" : ""}${hit.has(name) ? `, its invocation is ${hit.get(name)}` : ""}`);
+      circle.style.fill = `color-mix(in srgb, ${centre >= 0 ? "var(--for)" : "var(--against)"} ${Math.round(100 * Math.min(1, Math.abs(centre) / scales[layer]))}%, var(--card))`;
+      title.textContent = `neuron ${i} of layer ${layer}: a = ${digits(a)}`;
+    }
   }
   function steer(event, layer, i) {
     const moves = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
@@ -452,27 +496,18 @@ export async function mount(element, source) {
     const { layer, neuron } = view.chosen, width = run.sizes[layer - 1];
     const { W, b } = view.shown[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
     const before = A[layer - 1], z = Z[layer - 1][neuron], a = A[layer][neuron], silenced = view.silent.has(`${layer}/${neuron}`);
-    const content = [make("h2", {}, `Neuron ${neuron} of layer ${layer}`)];
+    at.neuron.textContent = `Neuron ${neuron} of layer ${layer}`;
+    at.weights.hidden = layer !== 1;
     if (layer === 1) {
-      const now = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "its weights as a picture" });
-      const change = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "the change of its weights since the first frame" });
-      weightPicture(now, row, run.size);
       const first = view.first[0].W.subarray(neuron * width, (neuron + 1) * width);
-      weightPicture(change, row.map((w, i) => w - first[i]), run.size);
-      content.push(make("div", { class: "sheet" },
-        make("figure", {}, pixels(now), make("figcaption", {}, "weights: one for each colour of each pixel")),
-        make("figure", {}, pixels(change), make("figcaption", {}, "what the training has changed in them"))));
+      weightPicture(at.weights.querySelector("canvas"), row, run.size);
+      weightPicture(at.change, row.map((w, i) => w - first[i]), run.size);
     }
-    const order = Array.from(row.keys()).sort((i, j) => Math.abs(row[j] * before[j]) - Math.abs(row[i] * before[i])).slice(0, 6);
-    const rows = order.map((j) => make("tr", {}, ...[j, digits(row[j]), digits(before[j]), digits(row[j] * before[j])].map((x) => make("td", {}, String(x)))));
-    content.push(make("h3", {}, "Forward"),
-      make("p", {}, `z = Σ w·a + b = ${digits(z - b[neuron])} + ${digits(b[neuron])} = ${digits(z)}`),
-      make("p", {}, `a = ${run.activations[layer - 1]}(z) = ${digits(a)}${silenced ? ", silenced" : ""}`),
-      make("details", at.numbers.querySelector("details")?.open ? { open: "" } : {}, make("summary", { class: "soft" }, `the largest of its ${width.toLocaleString("en")} terms`),
-        make("table", {}, make("thead", {}, make("tr", {}, ...["input", "w", "a before", "w · a"].map((x) => make("th", { scope: "col" }, x)))), make("tbody", {}, ...rows))));
-    const reading = at.numbers.contains(document.activeElement); // its only control opens the terms
-    at.numbers.replaceChildren(...content);
-    if (reading) at.numbers.querySelector("summary").focus();
+    at.z.textContent = `z = Σ w·a + b = ${digits(z - b[neuron])} + ${digits(b[neuron])} = ${digits(z)}`;
+    at.a.textContent = `a = ${run.activations[layer - 1]}(z) = ${digits(a)}${silenced ? ", silenced" : ""}`;
+    at.termsTitle.textContent = `the largest of its ${width.toLocaleString("en")} terms`;
+    const cells = (j) => [j, digits(row[j]), digits(before[j]), digits(row[j] * before[j])].map((x) => make("td", {}, String(x)));
+    at.terms.replaceChildren(...largestOf(width, (j) => Math.abs(row[j] * before[j]), 6).map((j) => make("tr", {}, ...cells(j))));
     drawPixel(layer, neuron, row, before);
     drawBackward(layer, neuron, width);
     drawLambda(layer, neuron);
@@ -481,14 +516,13 @@ export async function mount(element, source) {
 
   // One pixel: three of the weights of a neuron of layer 1
   const COLOURS = ["red", "green", "blue"];
-  // A picture of numbers on which a pixel is chosen, with a mark where it is.
+  // A picture on which a pixel is chosen; its mark stands where `choosePixel` says.
   function pixels(canvas) {
-    const { row, column } = view.pixel, middle = (i) => `${(100 * (i + 0.5)) / run.size}%`;
     const pick = ({ clientX, clientY }) => {
       const box = canvas.getBoundingClientRect(), index = (x) => Math.max(0, Math.min(run.size - 1, Math.floor(run.size * x)));
       choosePixel(index((clientY - box.top) / box.height), index((clientX - box.left) / box.width));
     };
-    return make("div", { class: "pixels", onclick: pick }, canvas, make("i", { class: "mark", style: `left: ${middle(column)}; top: ${middle(row)}` }));
+    return make("div", { class: "pixels", onclick: pick }, canvas, make("i", { class: "mark" }));
   }
   function buildPixel() {
     const where = (name) => make("input", {
@@ -509,7 +543,7 @@ export async function mount(element, source) {
     pixel ??= buildPixel();
     const first = 3 * (view.pixel.row * run.size + view.pixel.column);
     for (const axis of ["row", "column"]) if (document.activeElement !== pixel[axis]) pixel[axis].value = view.pixel[axis];
-    const dw = view.gradient?.of === `${view.epoch}/1/${neuron}` ? view.gradient.dw : null;
+    const dw = view.gradient?.of === `1/${neuron}` ? view.gradient.dw : null;
     const line = (name, ...cells) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((x) => make("td", {}, x)));
     let sum = 0;
     pixel.table.replaceChildren(...COLOURS.map((colour, c) => {
@@ -519,36 +553,43 @@ export async function mount(element, source) {
     }), line("together", "", "", "", digits(sum), ""));
     pixel.knobs.forEach((row, c) => { row.weight = first + c; showKnob(row, 1, neuron, weights.length); });
   }
-  let asked = "";
+  // The run's own numbers, whatever is changed here. One question at a time: while a run goes on, the newest
+  // epoch is another one before an answer has come.
+  let answered = "", asking = false;
   async function drawBackward(layer, neuron, width) {
-    const mine = `${view.epoch}/${layer}/${neuron}`, back = at.back;
-    if (mine === asked) return; // the run's own numbers, whatever is changed here
-    if (!asked.endsWith(`/${layer}/${neuron}`)) back.replaceChildren(make("p", { class: "soft" }, "…"));
-    asked = mine;
-    try {
-      const found = await source.json("neuron", { epoch: view.epoch, batch: 0, layer, neuron });
-      if (mine !== asked) return;
-      const dw = new Float32Array(Uint8Array.from(atob(found.dw), (c) => c.charCodeAt(0)).buffer);
-      const open = found.dz.filter((x) => x !== 0).length;
-      const one = found.dz.findIndex((x) => x !== 0), k = one < 0 ? 0 : one;
-      back.replaceChildren(
-        make("p", {}, `In mini-batch 0, ${found.images} images, cost ${digits(found.cost)}:`),
-        make("p", {}, `image ${k + 1}: da = ${digits(found.da[k])} → dz = da · g′(z) = ${digits(found.dz[k])}`),
-        make("p", {}, `its gradient reaches ${open} of ${found.images} images${open ? "" : ": for these the neuron is dead, it learns nothing"}; db = ${digits(found.db)}`));
-      if (layer === 1) {
-        const canvas = make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": "the gradient of its weights as a picture" });
-        weightPicture(canvas, dw, run.size);
-        back.append(make("figure", {}, canvas, make("figcaption", {}, "dw: how the cost changes with each weight")));
-        view.gradient = { of: mine, dw };
-        if (view.chosen.layer === 1) drawPixel(1, neuron, view.shown[0].W.subarray(neuron * width, (neuron + 1) * width), view.picture.input);
-      } else {
-        back.append(make("p", { class: "soft" }, `largest |dw| ${digits(dw.reduce((m, x) => Math.max(m, Math.abs(x)), 0))} of ${width}`));
-      }
-    } catch (error) {
-      if (mine !== asked) return;
-      asked = "";
-      back.replaceChildren(make("p", { class: "soft" }, String(error.message)));
+    const wanted = () => `${view.epoch}/${view.chosen.layer}/${view.chosen.neuron}`, mine = wanted();
+    if (at.back.dataset.of !== `${layer}/${neuron}`) {
+      at.back.replaceChildren(make("p", { class: "soft" }, "…"));
+      at.back.dataset.of = `${layer}/${neuron}`;
+      at.gradient.hidden = true;
+      answered = "";
     }
+    if (mine === answered || asking) return;
+    asking = true;
+    let found, refused;
+    try { found = await source.json("neuron", { epoch: view.epoch, batch: 0, layer, neuron }); } catch (error) { refused = error.message; }
+    asking = false;
+    const chosen = view.chosen.layer === layer && view.chosen.neuron === neuron;
+    if (chosen && found) showBackward(found, layer, neuron, width);
+    if (chosen && refused) at.back.replaceChildren(make("p", { class: "soft" }, refused));
+    if (chosen && found) answered = mine;
+    if (mine !== wanted()) drawBackward(view.chosen.layer, view.chosen.neuron, run.sizes[view.chosen.layer - 1]);
+  }
+  function showBackward(found, layer, neuron, width) {
+    const dw = new Float32Array(Uint8Array.from(atob(found.dw), (c) => c.charCodeAt(0)).buffer);
+    const open = found.dz.filter((x) => x !== 0).length, k = Math.max(0, found.dz.findIndex((x) => x !== 0));
+    at.back.replaceChildren(
+      make("p", {}, `In mini-batch 0, ${found.images} images, cost ${digits(found.cost)}:`),
+      make("p", {}, `image ${k + 1}: da = ${digits(found.da[k])} → dz = da · g′(z) = ${digits(found.dz[k])}`),
+      make("p", {}, `its gradient reaches ${open} of ${found.images} images${open ? "" : ": for these the neuron is dead, it learns nothing"}; db = ${digits(found.db)}`));
+    at.gradient.hidden = layer !== 1;
+    if (layer > 1) {
+      at.back.append(make("p", { class: "soft" }, `largest |dw| ${digits(dw.reduce((m, x) => Math.max(m, Math.abs(x)), 0))} of ${width}`));
+      return;
+    }
+    weightPicture(at.gradient.querySelector("canvas"), dw, run.size);
+    view.gradient = { of: `${layer}/${neuron}`, dw };
+    drawPixel(layer, neuron, view.shown[0].W.subarray(neuron * width, (neuron + 1) * width), view.picture.input);
   }
 
   // Its Lambda, and what may happen to it
@@ -626,7 +667,7 @@ export async function mount(element, source) {
   }
   function buildWhatIf(layer, neuron, width) {
     const { W } = view.network[layer - 1], row = W.subarray(neuron * width, (neuron + 1) * width);
-    const largest = Array.from(row.keys()).sort((i, j) => Math.abs(row[j]) - Math.abs(row[i])).slice(0, SHOWN);
+    const largest = layer === 1 ? [] : largestOf(width, (j) => Math.abs(row[j]), SHOWN);
     const weights = layer === 1 ? ["bias", "scale"] : ["bias", ...largest.sort((i, j) => i - j)];
     knobs = { of: `${layer}/${neuron}`, rows: weights.map((weight) => {
       if (weight === "bias") return knob(weight, "b", "bias");
@@ -793,6 +834,12 @@ export async function mount(element, source) {
       (slowest ? `; the longest was ${told(slowest)}` : "") +
       ". Lengths are the ledger's. It does not know how long a message waits, so that each step is drawn right after the slowest of the one before.";
   }
+  const openNeuron = ({ who, layer, first }) => { if (who === "NeuronLambda" && layer) choose(layer, first); };
+  function openCall({ clientX, clientY }) { // the bar below, also if it was drawn anew since the finger came down
+    const bar = document.elementFromPoint(clientX, clientY)?.closest("[data-call]");
+    const call = bar && view.calls.calls.find(({ batch, step }) => `${batch}/${step}` === bar.dataset.call);
+    if (call) openNeuron(call);
+  }
   function drawCalls(calls, label) {
     const focus = document.activeElement?.dataset?.call;
     const width = Math.max(280, at.timeline.clientWidth || 560), left = 62;
@@ -812,12 +859,11 @@ export async function mount(element, source) {
       }
       tell(call);
     };
-    const open = ({ who, layer, first }) => { if (who === "NeuronLambda" && layer) choose(layer, first); };
     const step = (event, call) => {
       const here = calls.indexOf(call), row = batches.indexOf(call.batch);
       const beside = (by) => calls.find((one) => one.batch === batches[row + by] && one.step === call.step);
       const next = { ArrowRight: calls[here + 1], ArrowLeft: calls[here - 1], ArrowDown: beside(1), ArrowUp: beside(-1), Home: calls[0], End: calls.at(-1) };
-      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(call); }
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); openNeuron(call); }
       if (!(event.key in next)) return;
       event.preventDefault();
       if (next[event.key]) svg.querySelector(`[data-call="${name(next[event.key])}"]`).focus();
@@ -828,7 +874,7 @@ export async function mount(element, source) {
       svg.append(make("g", {
         class: `call ${kind} ${call.took === null ? "open" : ""} ${call.attempts > 1 ? "again" : ""}`, role: "option", "data-call": name(call),
         "aria-label": told(call), "aria-selected": String(call === entry), tabindex: call === entry ? 0 : -1,
-        onpointerenter: () => tell(call), onfocus: () => show(call), onclick: () => open(call), onkeydown: (event) => step(event, call),
+        onpointerenter: () => tell(call), onfocus: () => show(call), onkeydown: (event) => step(event, call),
       }, make("rect", { x: X(call.start), y, height: Math.max(1, thick - (thick > 4 ? 1 : 0.3)), width: call.took === null ? 8 : Math.max(1.5, X(call.took) - left - 0.5) }), make("title", {}, told(call))));
     }
     const bottom = batches.reduce((sum, batch) => sum + height(batch) + 6, 0) + 12;
@@ -839,8 +885,11 @@ export async function mount(element, source) {
   }
 
   // News
-  const stop = source.events((state) => {
+  choosePixel(Math.floor(run.size / 2), Math.floor(run.size / 2));
+  const hear = (state) => {
     view.state = state;
+    element.dataset.state = state.state;
+    if (document.hidden) return; // nobody sees it
     at.pace.hidden = !(run.paced && source.pace && ["waiting", "running"].includes(state.state));
     showHeld(Boolean(state.held));
     const all = frames(), newest = Math.max(0, ...all);
@@ -848,11 +897,11 @@ export async function mount(element, source) {
     const total = Object.values(state.invocations ?? {}).reduce((sum, n) => sum + n, 0);
     at.news.textContent = `${state.state[0].toUpperCase()}${state.state.slice(1)}, ${state.epoch + 1} of at most ${run.epochs} epochs` +
       (total ? `, ${total.toLocaleString("en")} invocations, ${state.duplicates} duplicates` : "") + (state.reason ? `: ${state.reason}` : "") + ".";
-    element.dataset.state = state.state;
     if (view.following || !view.network) go(newest);
     else if (view.network) draw();
-  });
-  return stop;
+  };
+  document.addEventListener("visibilitychange", () => { if (view.state.state) hear(view.state); });
+  return source.events(hear);
 }
 
 // In a notebook (anywidget) and as a page
