@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ from ..handlers.upload import run_id
 from .training import Progress, alone_in, drawn_datasets, fetch, train
 from ..maths.parameters import Parameters
 from ..replay.record import open_bucket, record_in_bucket
+
+# jsonschema, which nbformat imports, would first build a grammar of web addresses, for a second:
+# no notebook has any to check.
+if "rfc3987_syntax" not in sys.modules:
+    sys.modules["rfc3987_syntax"] = None
 
 # %% ../../nbs/local/05_pipeline.ipynb #839549bd
 class Request(NamedTuple):
@@ -56,14 +62,11 @@ def check(
     request: Request,
 ) -> None:
     "Raise an `InputError` for the first thing that would make a stage fail."
-    try:
-        import nbconvert  # noqa: F401
-        import papermill  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"the pipeline needs {error.name}, which is not installed: pip install 'snn[notebooks]'"
-        ) from None
+    for name in ("nbconvert", "papermill", "sklearn"):
+        if find_spec(name) is None:
+            raise InputError(
+                f"the pipeline needs {name}, which is not installed: pip install 'snn[notebooks]'"
+            )
     for name in ("Codebook.ipynb", "Analysis.ipynb"):
         if not (request.notebooks / name).is_file():
             raise InputError(
