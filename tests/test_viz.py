@@ -131,9 +131,15 @@ PICTURES = {
 }
 
 
-@pytest.fixture(params=PICTURES)
+@pytest.fixture(params=PICTURES, scope="module")
 def picture(request, trained, images) -> Figure:
     return PICTURES[request.param](trained, images)
+
+
+@pytest.fixture(scope="module")
+def written(picture) -> list:
+    "All texts of a picture and where they are, drawn once for all that is asked about them."
+    return [(text, text.get_window_extent()) for text in texts(picture)]
 
 
 def texts(figure: Figure) -> list:
@@ -168,14 +174,13 @@ def test_a_picture_is_a_figure_that_needs_no_screen_and_is_as_wide_as_a_notebook
     assert pyplot.get_fignums() == []
 
 
-def test_no_text_is_cut_off(picture):
-    drawn = texts(picture)
+def test_no_text_is_cut_off(picture, written):
     whole = picture.bbox
     cut = [
         text.get_text()
-        for text in drawn
+        for text, box in written
         if not (
-            -1 <= (box := text.get_window_extent()).x0
+            -1 <= box.x0
             and box.x1 <= whole.width + 1
             and -1 <= box.y0
             and box.y1 <= whole.height + 1
@@ -184,8 +189,8 @@ def test_no_text_is_cut_off(picture):
     assert cut == []
 
 
-def test_no_text_is_too_small_to_be_read(picture):
-    assert min([text.get_fontsize() for text in texts(picture)], default=9) >= 7
+def test_no_text_is_too_small_to_be_read(written):
+    assert min([text.get_fontsize() for text, _ in written], default=9) >= 7
 
 
 def test_a_picture_is_a_small_png_with_a_description(picture):
