@@ -80,10 +80,14 @@ def ran(page) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_a_neuron_is_clicked_and_silenced_below_a_cell(lab, until):
+def test_a_neuron_is_clicked_and_silenced_at_any_epoch_below_a_cell(lab, until):
+    from axe_playwright_python.sync_playwright import Axe
+
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1400})
+        asked = []
+        page.on("request", lambda sent: asked.append(sent.url))
         page.set_default_timeout(150_000)
         page.goto(lab)
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
@@ -95,4 +99,22 @@ def test_a_neuron_is_clicked_and_silenced_below_a_cell(lab, until):
         panel.get_by_text("its gradient reaches").wait_for()
         panel.get_by_role("button", name="Silence this neuron").click()
         panel.get_by_text("A thought experiment").wait_for()
+        panel.get_by_role("button", name="All as it was").click()
+        shown = page.locator(".live h2").first
+        newest = shown.inner_text()
+        page.get_by_label("epoch", exact=True).fill("0")
+        page.get_by_text("epoch 0 of 20").wait_for()
+        until(lambda: shown.inner_text() != newest, "the first network answers")
+        page.get_by_label("epoch", exact=True).fill("20")
+        page.get_by_text("epoch 20 of 20").wait_for()
+        until(lambda: shown.inner_text() == newest, "the last network answers as before")
+        page.locator('[data-node="1/2"]').click()
+        panel.get_by_text("dw: how the cost changes").wait_for()
+        panel.get_by_role("spinbutton", name="red weight of the pixel, as a number").fill("1")
+        panel.get_by_text("A thought experiment").wait_for()
+        assert not panel.get_by_role("button", name="Kill it").is_visible()  # it has ended
+        found = Axe().run(page, ".live").response["violations"]
+        assert found == [], [(v["id"], [n["html"][:200] for n in v["nodes"]]) for v in found]
+        here = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
+        assert [url for url in asked if not url.startswith(here)] == []
         browser.close()

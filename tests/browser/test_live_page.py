@@ -108,6 +108,31 @@ def test_one_can_slide_to_the_beginning_and_back(page, stage):
     assert answer(page) == newest
 
 
+def test_what_is_drawn_anew_while_the_button_is_down_is_clicked_all_the_same(page):
+    panel = page.get_by_label("the chosen neuron")
+
+    def press(where, x: float, y: float) -> None:
+        box = where.bounding_box()
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        page.mouse.down()
+        epoch = page.get_by_label("epoch", exact=True)
+        epoch.evaluate(
+            "slider => { slider.value = 3; slider.dispatchEvent(new Event('input')); }"
+        )
+        page.get_by_text("epoch 3 of 30").wait_for()
+        page.mouse.up()
+        page.get_by_label("epoch", exact=True).fill("30")
+
+    press(page.locator('[data-node="1/3"]'), 0.5, 0.5)
+    panel.get_by_text("Neuron 3 of layer 1").wait_for()
+    picture = panel.get_by_role("img", name="its weights as a picture", exact=True)
+    press(picture, 1.5 / 8, 6.5 / 8)
+    chosen = [
+        panel.get_by_label(f"{axis} of the pixel").input_value() for axis in ("row", "column")
+    ]
+    assert chosen == ["6", "1"]
+
+
 def test_a_silenced_neuron_shows_what_would_change(page, stage):
     page.locator('[data-node="2/0"]').click()
     page.get_by_role("button", name="Silence this neuron").click()

@@ -201,7 +201,7 @@ export async function mount(element, source) {
   const numberPicture = (name) => make("canvas", { style: "width: 128px; height: 128px", role: "img", "aria-label": name });
   const pressed = (button, on) => button.setAttribute("aria-pressed", String(on));
   element.replaceChildren(
-    make("header", {},
+    make("div", { class: "head" },
       make("h1", {}, `Run ${run.name}`),
       part("news", "p", { class: "soft", role: "status" }, "Waiting for the first epoch."),
       make("div", { class: "bar" },
@@ -606,7 +606,7 @@ export async function mount(element, source) {
     if (kind === "duplicate") return [`Delivered twice: ${call} ` + (stage === "struck" ? "It is under way." : attempts > 1 ? `The ledger has ${attempts} attempts, and one result.` : "The second found the work done, and changed nothing.")];
     if (kind === "delay") return stage === "over" ? [`Delayed: ${call} It came late, and the barrier waited.`]
       : [`Delayed: ${call} The barrier waits.`, left ? `It comes in ${left} s.` : "It is due."];
-    const killed = `Killed: ${call} The worker process was killed with it in hand, before it had computed anything. Another process takes its place, but the message is lost.`;
+    const killed = `Killed: ${call} The worker process was killed with it in hand, before it had computed anything. Another process takes its place, and does again what else was in its hand; but this message is lost.`;
     return stage === "over" ? [`${killed} The watchdog found that the run stood still, and sent it again.`]
       : [killed, left === null ? "The training is held: the watchdog looks when it goes on, or while a step waits for this neuron." : `Waiting for the watchdog, ${left} s.`];
   }
