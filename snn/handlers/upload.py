@@ -122,22 +122,34 @@ def start(
         return uploaded_again(name, parameters, upload, services)
     check_run(parameters, len(datasets.train_x), datasets.train_x[0].size, memory_here())
     plan = make_plan(upload, parameters, datasets)
-    begun, newest = (
-        checkpoint.has_plan(plan, services),
-        services.runs.newest(plan.run),
-    )  # in this order, and below in the other:
-    known = services.runs.knows(newest)  # who sees the plan knows of the run
-    if known and (newest != plan.run or services.runs.status(newest).state != "running"):
-        return newest  # taken up again, or ended
-    if begun and not known:
-        return checkpoint.resume(plan.run, services.bucket(plan.bucket), services)  # forgotten
-    _leave_images(
-        plan, datasets, services
-    )  # first: once the run is known, the watchdog may send for its neurons
+    match _state(plan, services):
+        case "ended" | "taken up again":
+            return services.runs.newest(plan.run)
+        case "lost":
+            return checkpoint.resume(plan.run, bucket, services)
+        case _:  # new; or running, and this event has come twice
+            return _begin(plan, upload, where, datasets, services)
+
+
+def _state(plan: Plan, services: Services) -> str:
+    "How a plan's run stands: new, running, ended, taken up again, or lost by the parameter server."
+    begun = checkpoint.has_plan(plan, services)  # asked first: who sees it knows of the run
+    newest = services.runs.newest(plan.run)
+    if not services.runs.knows(newest):
+        return "lost" if begun else "new"
+    if newest != plan.run:
+        return "taken up again"
+    return "running" if services.runs.status(newest).state == "running" else "ended"
+
+
+def _begin(
+    plan: Plan, upload: Upload, where: Upload, datasets: data.Datasets, services: Services
+) -> str:  # the run
+    "Leave what a run needs, then ask for its first epoch. Each line may be the last before a crash."
+    bucket = services.bucket(plan.bucket)
+    _leave_images(plan, datasets, services)  # a run that is known has them
     services.runs.begin(plan)
-    checkpoint.note_upload(
-        bucket, name, upload.mark
-    )  # before anybody can see that it was begun
+    checkpoint.note_upload(bucket, plan.name, upload.mark)  # a plan in the bucket has its mark
     checkpoint.leave_plan(plan, services)
     subject, words = f"Run {plan.name} started", _begun(plan, upload, where)
     begun = lambda: answer(upload, services, subject, words, plan.run)
