@@ -1,6 +1,8 @@
 """Properties of the mathematics, for numbers that nobody would think of."""
 
+import re
 from math import sqrt
+from pathlib import Path
 from statistics import NormalDist
 
 import msgspec
@@ -10,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as some
 from hypothesis.extra.numpy import array_shapes, arrays
 
+import snn
 from snn.cloud.arrays import decode, encode
 from snn.maths import network, sampling
 from snn.maths.activations import ACTIVATIONS, sigmoid
@@ -145,6 +148,13 @@ def test_no_activation_overflows(kind, z):
         A = ACTIVATIONS[kind].function(np.array([z]))
         kept = A if ACTIVATIONS[kind].keeps == "A" else np.array([z])
         assert np.isfinite(A).all() and np.isfinite(ACTIVATIONS[kind].slope(kept)).all()
+
+
+def test_the_live_page_knows_every_activation():
+    script = (Path(snn.__file__).parent / "live/static/live.js").read_text()
+    _, _, table = script.partition("export const ACTIVATIONS = {\n")
+    known = re.findall(r"^  (\w+):", table.partition("\n};")[0], re.MULTILINE)
+    assert sorted(known) == sorted(ACTIVATIONS)
 
 
 # Mini-batches
