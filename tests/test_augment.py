@@ -42,12 +42,14 @@ LEARNS = {
     "augment": {"flip": True, "shift": 2},
     "dropout": {"inputs": 0.3, "hidden": 0.2},
     "standardise": "mean",
+    "schedule": "linear",
 }
 OFF = {
     "augment": {"flip": False, "shift": 0},
     "dropout": {"inputs": 0, "hidden": 0.0},
     "standardise": "range",
     "checkpoint_seconds": 0,
+    "schedule": "constant",
 }
 
 

@@ -469,6 +469,10 @@ BAD_VALUES = {
         {"standardise": "zscore"},
         ['standardise holds "zscore"', "range or mean"],
     ),
+    "another schedule": (
+        {"schedule": "cosine"},
+        ['schedule holds "cosine"', "constant or linear"],
+    ),
     "checkpoints in the past": (
         {"checkpoint_seconds": -30},
         ["checkpoint_seconds holds -30", "a number, 0 or more"],

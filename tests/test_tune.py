@@ -13,9 +13,9 @@ from snn.maths.network import activations
 from snn.maths.parameters import encode
 
 
-@pytest.fixture
-def candidate(parameters):
-    "Settings with all that is drawn at random."
+@pytest.fixture(params=["constant", "linear"])
+def candidate(request, parameters):
+    "Settings with all that is drawn at random, and a rate that may fall with the epochs."
     return parameters(
         (4, 3, 1),
         "leaky_relu",
@@ -25,6 +25,7 @@ def candidate(parameters):
         augment={"flip": True, "shift": 1},
         dropout={"inputs": 0.2, "hidden": 0.1},
         standardise="mean",
+        schedule=request.param,
     )
 
 

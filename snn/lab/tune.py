@@ -220,7 +220,9 @@ def tune(
 
 
 def _but_epochs(parameters: Parameters) -> bytes:
-    "What candidates have in common that are one training."
+    "What candidates have in common that are one training, some of which end sooner."
+    if parameters.schedule != "constant":
+        return encode(parameters)  # its first epochs depend on its last
     return encode(msgspec.structs.replace(parameters, epochs=1))
 
 

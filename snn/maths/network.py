@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Layer', 'RULES', 'SAME', 'rows', 'initialise_layer', 'initialise', 'cost', 'cost_gradient', 'activations',
-           'parameter_gradients', 'gradients', 'step', 'best_batch', 'mean_of', 'MiniBatch', 'hidden_masks',
-           'epoch_batches', 'train_epoch', 'train', 'reached', 'standstill']
+           'parameter_gradients', 'gradients', 'learning_rate', 'step', 'best_batch', 'mean_of', 'MiniBatch',
+           'hidden_masks', 'epoch_batches', 'train_epoch', 'train', 'reached', 'standstill']
 
 # %% ../../nbs/maths/04_network.ipynb #9a558d4e
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,6 +144,16 @@ def _adam(p, m, v, g, rate, optimizer, t):
 RULES = {"sgd": _sgd, "momentum": _momentum, "adam": _adam}
 
 # %% ../../nbs/maths/04_network.ipynb #6104e243
+def learning_rate(
+    parameters: Parameters,
+    epoch: int,  # from 0
+) -> float:
+    r"$\eta_t$: how long a step of this epoch is."
+    if parameters.schedule == "linear":
+        return parameters.learning_rate * (1 - epoch / parameters.epochs)
+    return parameters.learning_rate
+
+
 def step(
     parameters: Parameters,
     layer: Layer,  # or a block of its rows
@@ -152,7 +162,7 @@ def step(
     epoch: int,  # from 0; each epoch makes one step
 ) -> Layer:
     "The layer, or the block, after one step of the optimizer."
-    optimizer, rate = parameters.optimizer, parameters.learning_rate
+    optimizer, rate = parameters.optimizer, learning_rate(parameters, epoch)
     if optimizer.l2:
         dW = dW + optimizer.l2 * layer[0]
     rule = RULES[optimizer.name]

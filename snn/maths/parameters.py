@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Whole', 'Count', 'Positive', 'NotNegative', 'Fraction', 'Activation', 'Granularity', 'Aggregation',
-           'Dtype', 'RunName', 'MOMENTS', 'Rule', 'Standardise', 'Switch', 'WIDEST', 'LATER', 'Optimizer', 'Augment',
-           'Dropout', 'Parameters', 'from_dict', 'parse', 'read', 'encode']
+           'Dtype', 'RunName', 'MOMENTS', 'Rule', 'Standardise', 'RateSchedule', 'Switch', 'WIDEST', 'LATER',
+           'Optimizer', 'Augment', 'Dropout', 'Parameters', 'from_dict', 'parse', 'read', 'encode']
 
 # %% ../../nbs/maths/01_parameters.ipynb #9a7716be
 import difflib
@@ -51,6 +51,7 @@ Rule = Annotated[
     Meta(description=" or ".join(", ".join(MOMENTS).rsplit(", ", 1))),
 ]
 Standardise = Annotated[Literal["range", "mean"], Meta(description="range or mean")]
+RateSchedule = Annotated[Literal["constant", "linear"], Meta(description="constant or linear")]
 Switch = Annotated[bool, Meta(description="true or false")]
 
 # %% ../../nbs/maths/01_parameters.ipynb #b4ce9be4
@@ -107,6 +108,7 @@ class Parameters(Struct, frozen=True, forbid_unknown_fields=True):
     dropout: Dropout = Dropout()
     standardise: Standardise = "range"  # what becomes of the colours 0 to 255
     checkpoint_seconds: NotNegative = 0.0  # seconds between two checkpoints; 0 is off
+    schedule: RateSchedule = "constant"  # of the learning rate, from epoch to epoch
 
     @property
     def sizes(self) -> list[int]:
@@ -283,7 +285,7 @@ def read(
     return parse(Path(path).read_bytes(), str(path))
 
 # %% ../../nbs/maths/01_parameters.ipynb #5c0de7f1
-LATER = ("augment", "dropout", "standardise", "checkpoint_seconds", "run")
+LATER = ("augment", "dropout", "standardise", "checkpoint_seconds", "run", "schedule")
 
 
 def encode(

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from ..maths.activations import ACTIVATIONS
+from ..maths.network import learning_rate
 from .compute import Replay
 
 # %% ../../nbs/replay/03_explain.ipynb #61e941eb
@@ -104,11 +105,8 @@ def _step_lines(found: Replay, j: int) -> list[str]:
         if parameters.optimizer.name != "sgd" or parameters.optimizer.l2
         else ""
     )
-    exact = (
-        ""
-        if rule
-        else f" = {_number(found.w[j])} - {parameters.learning_rate:g} · {_number(found.dw[j])}"
-    )
+    rate = learning_rate(parameters, found.message.epoch)
+    exact = "" if rule else f" = {_number(found.w[j])} - {rate:g} · {_number(found.dw[j])}"
     return [
         "",
         f"Its own step{rule}, which counts if its mini-batch has the lowest cost",

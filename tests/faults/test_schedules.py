@@ -30,10 +30,11 @@ def server():
         yield started
 
 
-CHANCE = {  # all that is drawn anew for each mini-batch, and checkpoints as often as can be
+CHANCE = {  # all that differs from epoch to epoch, and checkpoints as often as can be
     "augment": {"flip": True, "shift": 2},
     "dropout": {"inputs": 0.3, "hidden": 0.2},
     "standardise": "mean",
+    "schedule": "linear",
     "checkpoint_every": 0,
     "checkpoint_seconds": 1e-6,
 }
