@@ -39,7 +39,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     "A grey picture of 16 or 32 bits in 8, which Pillow itself would cut off at 255 and so make white."
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     return Image.fromarray(
-        (255 * (values / _largest(image, values)).clip(0, 1)).round().astype(np.uint8)
+        (255 * (values / _largest(image, values)).clip(0)).round().astype(np.uint8)
     )
 
 
