@@ -29,15 +29,16 @@ def test_anywhere_names_its_regimes_and_refuses_others(root):
 
 @pytest.fixture
 def skipping(root, tmp_path):
-    "Runs a test that is skipped for a reason, with our conftest.py."
+    "Runs a test that is skipped for a reason, with our conftest.py and our settings."
 
     def run(reason: str, *options: str) -> subprocess.CompletedProcess:
         (tmp_path / "conftest.py").write_text((root / "tests" / "conftest.py").read_text())
         (tmp_path / "test_it.py").write_text(
             f"import pytest\ndef test_one(): pytest.skip({reason!r})\n"
         )
+        settings = ["-c", root / "pyproject.toml", "-p", "no:cacheprovider"]
         return subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", *options, tmp_path],
+            [sys.executable, "-m", "pytest", "-q", *settings, *options, tmp_path],
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -48,8 +49,10 @@ def skipping(root, tmp_path):
 
 def test_what_was_skipped_is_told_with_how_to_get_it(skipping):
     done = skipping("no aws on the PATH")
+    *_, last, fresh, outcome = done.stdout.splitlines()
     assert "1 test: no aws on the PATH; to get it: pipx install awscli" in done.stdout
-    assert "to get all: bin/test --faults" in done.stdout
+    assert "to get all: bin/test --faults" in last and "to get them: bin/test --fresh" in fresh
+    assert outcome.startswith("1 skipped in"), "nothing else comes after it"
 
 
 @pytest.mark.parametrize(

@@ -302,25 +302,28 @@ def test_a_run_leaves_the_same_bytes_with_any_number_of_workers_and_when_repeate
 # Memory
 
 
-def memory_after(
-    epochs: int, granularity: str, parameters, small_data, start_run, finished
-) -> int:
-    "Bytes that a parameter server uses when its only run has ended."
-    with LocalCloud() as cloud:
-        chosen = parameters((3, 1), epochs=epochs, batch_size=256, granularity=granularity)
-        run = start_run(cloud, "memory", chosen, small_data)
-        finished(cloud, run)
-        return cloud.services.store.client.info("memory")["used_memory"]
+def memory_after(cloud: LocalCloud, chosen, datasets, start_run, finished) -> int:
+    "Bytes that a parameter server uses when a run has ended, and no other is left."
+    finished(cloud, start_run(cloud, f"{chosen.epochs} epochs", chosen, datasets))
+    return cloud.services.store.client.info("memory")["used_memory"]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "network"])
 def test_the_servers_memory_does_not_grow_with_epochs(
     granularity, parameters, small_data, start_run, finished
 ):
-    few, many = (
-        memory_after(epochs, granularity, parameters, small_data, start_run, finished)
-        for epochs in (50, 500)
-    )
+    chosen = parameters((3, 1), batch_size=256, granularity=granularity)
+    with LocalCloud() as cloud:
+        few, many = (
+            memory_after(
+                cloud,
+                msgspec.structs.replace(chosen, epochs=epochs),
+                small_data,
+                start_run,
+                finished,
+            )
+            for epochs in (50, 500)
+        )
     assert many <= 1.1 * few
 
 
