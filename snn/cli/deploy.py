@@ -307,30 +307,9 @@ def deploy(
         "connection": connection,
         "email": email,
     }
-    before, answers = {}, {}
-    if stack and None in five.values():
-        before, answers = asked.last_time(account, stack)
-    options = _options(before, given, bool(endpoint_url), chosen)
-    answers = {**_for_nobody(options), **answers}
-    inputs = asked.Inputs(
-        **_ask({name: answers.get(name) if v is None else v for name, v in five.items()})
-    )
-    asked.check(account, inputs)
-    before = asked.kept(account, inputs.stack)
-    if not before and options["Pipeline"] == "yes" and not chosen.get("ReviewRange"):
-        given["ReviewRange"] = _ask_reviewers(reviewers)
-    options = _options(before, given, bool(endpoint_url), chosen)
-    if not before and not endpoint_url and not options.get("FirstZone"):
-        zones = asked.zones(account, options.get("CacheNodeType", "cache.t4g.small"))
-        options |= {"FirstZone": zones[0], "SecondZone": zones[1]}
-    asked.concurrency(account, int(options["NeuronConcurrency"]), asked.reserved(before))
-    if not plan and not endpoint_url and (count := asked.quota(account)) < asked.FEW:
-        err.print(
-            f"Lambda may run only {count} functions at once in this account and region, as in new accounts: more are turned away and "
-            f"tried again seconds later, so granularity neuron will be slow (snn estimate --quota {count} says how slow); "
-            "Service Quotas in the console raises it.",
-            markup=False,
-        )
+    inputs, options, before = _told(account, five, given, chosen)
+    if not plan and not endpoint_url:
+        _warn_of_few(asked.quota(account))
     architecture = options["Architecture"]
     target = _target(python, architecture)
     err.print(f"Building packages for Python {python} on {architecture} ...")
@@ -348,6 +327,45 @@ def deploy(
         )
     out.print(f"Successfully created/updated stack - {inputs.stack}", markup=False)
     out.print(_next_steps(inputs, options["Pipeline"] == "yes"), markup=False)
+
+
+def _told(
+    account, five: dict, given: dict, chosen: dict
+) -> tuple:  # `Inputs`, parameters of main.yaml, and those that the stack has, if there is one
+    "What to deploy, from what was given, chosen, answered now and told the last time; every mistake raises `InputError`."
+    from snn.deploy import inputs as asked
+
+    local, before, answers = bool(account.endpoint_url), {}, {}
+    if five["stack"] and None in five.values():
+        before, answers = asked.last_time(account, five["stack"])
+    options = _options(before, given, local, chosen)
+    answers = {**_for_nobody(options), **answers}
+    inputs = asked.Inputs(
+        **_ask({name: answers.get(name) if v is None else v for name, v in five.items()})
+    )
+    asked.check(account, inputs)
+    before = asked.kept(account, inputs.stack)
+    if not before and options["Pipeline"] == "yes" and not chosen.get("ReviewRange"):
+        given = {**given, "ReviewRange": _ask_reviewers(given["ReviewRange"])}
+    options = _options(before, given, local, chosen)
+    if not before and not local and not options.get("FirstZone"):
+        zones = asked.zones(account, options.get("CacheNodeType", "cache.t4g.small"))
+        options |= {"FirstZone": zones[0], "SecondZone": zones[1]}
+    asked.concurrency(account, int(options["NeuronConcurrency"]), asked.reserved(before))
+    return inputs, options, before
+
+
+def _warn_of_few(count: int) -> None:
+    "Say it if the account may run few functions at once."
+    from snn.deploy.inputs import FEW
+
+    if count < FEW:
+        err.print(
+            f"Lambda may run only {count} functions at once in this account and region, as in new accounts: more are turned away and "
+            f"tried again seconds later, so granularity neuron will be slow (snn estimate --quota {count} says how slow); "
+            "Service Quotas in the console raises it.",
+            markup=False,
+        )
 
 
 FIRST = {

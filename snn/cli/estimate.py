@@ -266,6 +266,58 @@ def _warnings(found: dict) -> list[str]:
     ]
 
 
+def _asked_for(
+    granularity: str | None, deadline: str | None, budget: float | None, designs: bool
+) -> tuple[float | None, float | None]:  # seconds and US dollars
+    "The limits that were given; raises `InputError` for options that can't be right."
+    if granularity not in (None, *GRANULARITIES):
+        raise InputError(
+            f"--granularity is {granularity}; it may be {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
+        )
+    limits = span(deadline, "--deadline") if deadline is not None else None, budget
+    if budget is not None and not 0 < budget < float("inf"):
+        raise InputError(f"--budget is {budget:g}; it may be US dollars above 0")
+    if any(limits) and designs:
+        raise InputError("--designs compares services; leave out --deadline and --budget")
+    if any(limits) and granularity:
+        raise InputError("--granularity is chosen with --deadline or --budget; leave it out")
+    return limits
+
+
+def _as_json(plan, region: str, found: dict, stay: dict, replaced: list) -> dict:
+    "All estimates for a program."
+    resident = lambda count, e: {"residents": count, "estimate": e}
+    return {
+        "region": region,
+        "images": plan.images,
+        "size": plan.size,
+        "batches": plan.batches,
+        "estimates": found,
+        "residents": {g: resident(*one) for g, one in stay.items()},
+        "measured": [one._asdict() for one in replaced],
+        **dict(zip(("cheapest", "fastest"), best(found))),
+    }
+
+
+def _show(plan, region: str, found: dict, stay: dict) -> None:
+    "All estimates for a person."
+    neurons = "-".join(map(str, plan.parameters.sizes))
+    out.print(
+        f"{plan.images} images of {plan.size}x{plan.size} pixels in {plan.batches} mini-batches, "
+        f"{neurons} neurons, prices of {region}.\n",
+        markup=False,
+    )
+    out.print(_table(found))
+    out.print(f"\n{_verdict(found)}", markup=False)
+    staying = [_staying(found, stay)] if stay else []
+    for line in [*staying, *_warnings(found)]:
+        out.print(line, markup=False)
+    out.print(
+        "Times are simulated; probably: nine in ten draws of what is not known. Free tiers are not taken off.",
+        markup=False,
+    )
+
+
 def estimate(
     parameters: Annotated[
         Path, Option(envvar="SNN_PARAMETERS", show_envvar=False, help="A parameters.json.")
@@ -316,17 +368,7 @@ def estimate(
     from snn.cloud.prices import load, with_quota
     from snn.estimate import estimate as estimating
 
-    if granularity not in (None, *GRANULARITIES):
-        raise InputError(
-            f"--granularity is {granularity}; it may be {', '.join(GRANULARITIES[:-1])} or {GRANULARITIES[-1]}"
-        )
-    limits = span(deadline, "--deadline") if deadline is not None else None, budget
-    if budget is not None and not 0 < budget < float("inf"):
-        raise InputError(f"--budget is {budget:g}; it may be US dollars above 0")
-    if any(limits) and designs:
-        raise InputError("--designs compares services; leave out --deadline and --budget")
-    if any(limits) and granularity:
-        raise InputError("--granularity is chosen with --deadline or --budget; leave it out")
+    limits = _asked_for(granularity, deadline, budget, designs)
     chosen, book = chosen_parameters(parameters), load(prices, region)
     book = with_quota(book, quota) if quota else book
     book, replaced = _as_measured(measured, book, json)
@@ -345,31 +387,5 @@ def estimate(
         else estimating.with_functions_that_stay(plan, book, epochs, tuple(found))
     )
     if json:
-        return print_json(
-            {
-                "region": region,
-                "images": plan.images,
-                "size": plan.size,
-                "batches": plan.batches,
-                "estimates": found,
-                "residents": {
-                    g: {"residents": count, "estimate": e} for g, (count, e) in stay.items()
-                },
-                "measured": [one._asdict() for one in replaced],
-                **(dict(zip(("cheapest", "fastest"), best(found)))),
-            }
-        )
-    out.print(
-        f"{plan.images} images of {plan.size}x{plan.size} pixels in {plan.batches} mini-batches, {'-'.join(map(str, chosen.sizes))} neurons, prices of {region}.\n",
-        markup=False,
-    )
-    out.print(_table(found))
-    out.print(f"\n{_verdict(found)}", markup=False)
-    if stay:
-        out.print(_staying(found, stay), markup=False)
-    for line in _warnings(found):
-        out.print(line, markup=False)
-    out.print(
-        "Times are simulated; probably: nine in ten draws of what is not known. Free tiers are not taken off.",
-        markup=False,
-    )
+        return print_json(_as_json(plan, region, found, stay, replaced))
+    _show(plan, region, found, stay)

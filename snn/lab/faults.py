@@ -10,8 +10,9 @@ __all__ = ['KINDS', 'FORGETS', 'SMALL', 'Died', 'Refused', 'Schedule', 'Trap', '
 import random
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from ..backends.local.services import Services
 from ..backends.memory.services import Bucket, Bus, Topic
 from ..cloud.interfaces import Incomplete
 from ..cloud.messages import Message, Upload
+from ..cloud.runs import Runs
 from ..data import h5 as data
 from ..data import models
 from ..handlers import checkpoint, watch
@@ -98,14 +100,11 @@ class Lab:
 
     def _connect(self) -> Services:
         services = Services({"SNN_REDIS_URL": self.url})
-        store = services.store
-        services.__dict__["store"], services.__dict__["runs"] = (
-            Trap(self, store),
-            services.runs,
-        )
-        services.__dict__["bus"] = Trap(self, Bus(services.store))
-        services.__dict__["topic"] = Trap(self, Topic())
-        services._buckets["lab"] = Trap(self, self.bucket)
+        trap: Any = partial(Trap, self)
+        services.runs = Runs(services.store)  # of the store itself: here is nothing to break
+        services.store = trap(services.store)
+        services.bus, services.topic = trap(Bus(services.store)), trap(Topic())
+        services._buckets["lab"] = trap(self.bucket)
         return services
 
     def happens(self, kind: str) -> bool:
