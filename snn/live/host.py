@@ -17,7 +17,7 @@ from ..errors import InputError
 from .film import Film
 from .page import create
 from .stage import Stage
-from .watching import Onlooker, Watcher, look_at_run
+from .watching import LookAtRun, Onlooker, Watcher
 from ..maths.augment import training_mean
 from ..maths.model import Model
 from ..maths.parameters import Parameters
@@ -36,8 +36,8 @@ def stage_on(
     X, Y = datasets.train_x[kept], datasets.train_y[kept]
     mean = training_mean(parameters, X.reshape(len(X), -1))
     model = Model(parameters, [], datasets.classes, datasets.size, mean=mean)
-    look = look_at_run(run, services, *([pace.faults] if pace else []))
-    watcher = Watcher(Film(model, datasets.test_x, datasets.test_y), look)
+    film = Film(model, datasets.test_x, datasets.test_y)
+    watcher = Watcher(film, LookAtRun(run, services, pace))
     return Stage(watcher, run, X, Y, pace)
 
 # %% ../../nbs/live/07_host.ipynb #1eaf4dc2

@@ -82,11 +82,6 @@ class Stage:
         "Does the run wait for the onlooker?"
         return self.pace is not None and self.pace.held
 
-    @property
-    def hurries(self) -> bool:
-        "Does the run go on as fast as it can?"
-        return self.watcher.state["state"] == "running" and not self.held
-
     def state(self) -> dict:
         "How the run stands, and which frames there are."
         frames = [

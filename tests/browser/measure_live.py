@@ -4,10 +4,11 @@
     .venv/bin/python tests/browser/measure_live.py click     # from a click to the drawn numbers
 
 The shipped network learns the drawn pictures, neuron by neuron, on this machine. `watch` trains the
-same epochs alone, watched by the page's server, and with the page open in Chromium; it prints the
-median of the ratios of neighbours, and their quartiles, of seconds and of what the processors had to do. `click` clicks one neuron after the other as
-a person does, who keeps the button down for 80 ms, during a run and while sliding through a run that
-has ended; a click is answered when the neuron's numbers, forward and backward, are painted.
+same epochs alone, watched by the page's server for a listener, and with the page open in Chromium; it
+prints the median of the ratios of neighbours, and their quartiles, of seconds and of what the
+processors had to do. `click` clicks one neuron after the other as a person does, who keeps the button
+down for 80 ms, during a run and while sliding through a run that has ended; a click is answered when
+the neuron's numbers, forward and backward, are painted. On a busy machine all of it takes longer.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
+from urllib.request import urlopen
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the `snn` command does
 
@@ -146,8 +149,10 @@ def looked_at(how: str, cloud: LocalCloud, run: str, parameters, datasets, brows
         return
     stage = shown_run(cloud, run, parameters, datasets)
     if how == "watched":
-        with hosted(stage, socket.create_server(("127.0.0.1", 0))):
-            yield
+        with hosted(stage, socket.create_server(("127.0.0.1", 0))) as address:
+            with urlopen(address.replace("/?", "/events?")) as told:
+                Thread(target=told.read, daemon=True).start()
+                yield
         return
     with shown_page(browser, stage) as page:
         page.wait_for_selector("[data-node]")
