@@ -151,7 +151,7 @@ def looked_at(how: str, cloud: LocalCloud, run: str, parameters, datasets, brows
     if how == "watched":
         with hosted(stage, socket.create_server(("127.0.0.1", 0))) as address:
             with urlopen(address.replace("/?", "/events?")) as told:
-                Thread(target=told.read, daemon=True).start()
+                Thread(target=lambda: list(told), daemon=True).start()
                 yield
         return
     with shown_page(browser, stage) as page:
