@@ -58,7 +58,6 @@ _tried: set[bytes] = set()  # fingerprints of files that did no harm
 
 def try_apart(
     path: str | Path,  # of an HDF5 file
-    name: str | None = None,  # begins each error message; the path if not given
 ) -> None:
     "Raise an `InputError` for a file that the HDF5 library does not survive."
     if why_not_read(path) or (key := _fingerprint(path)) in _tried:
@@ -69,10 +68,10 @@ def try_apart(
         [sys.executable, "-P", "-c", call], stdin=subprocess.DEVNULL, capture_output=True
     ).returncode
     if ended == FULL:
-        raise InputError(f"{name or path}: more than fits into this computer's memory")
+        raise InputError(f"{path}: more than fits into this computer's memory")
     if ended < 0:
         raise InputError(
-            f"{name or path}: damaged; HDF5 breaks down on it, or reads it without an end"
+            f"{path}: damaged; HDF5 breaks down on it, or reads it without an end"
         )
     _tried.add(key)
 

@@ -463,16 +463,13 @@ def more_workers(
     parameters: Parameters,
     datasets: Path,
     repetitions: int = 3,
-    granularities: tuple[str, ...] = GRANULARITIES,
     seconds: float = 0.15,
 ) -> list[Point]:
     "Time a run with few and with many workers."
     chosen, timed = enough_epochs(parameters, datasets, seconds), {}
     with ExitStack() as stack:
         for count in counts:
-            cases = run_cases(
-                stack.enter_context(LocalCloud(count)), chosen, datasets, granularities
-            )
+            cases = run_cases(stack.enter_context(LocalCloud(count)), chosen, datasets)
             timed |= {(name, count): case for name, case in cases.items() if name != NUMPY}
         return points(in_turns(timed, repetitions))
 
@@ -482,21 +479,17 @@ def half_bytes(
     datasets: Path,
     epochs: int = 60,
     repetitions: int = 3,
-    granularities: tuple[str, ...] = GRANULARITIES,
-    workers: int | None = None,
 ) -> dict[str, float]:  # by name
     "Time of an epoch in float32, as part of one in float64: median over the repetitions."
     base, timed = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0), {}
-    with LocalCloud(workers) as cloud:
+    with LocalCloud() as cloud:
         for dtype in ("float64", "float32"):
-            cases = run_cases(
-                cloud, msgspec.structs.replace(base, dtype=dtype), datasets, granularities
-            )
+            cases = run_cases(cloud, msgspec.structs.replace(base, dtype=dtype), datasets)
             timed |= {(name, dtype): case for name, case in cases.items()}
         times = in_turns(dict(sorted(timed.items())), repetitions)
     return {
         name: statistics.median(
             a / b for a, b in zip(times[name, "float32"], times[name, "float64"])
         )
-        for name in (NUMPY, *granularities)
+        for name in (NUMPY, *GRANULARITIES)
     }

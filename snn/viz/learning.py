@@ -194,10 +194,9 @@ def gradient_norm(
 
 def gradient_norms(
     norms: Sequence[Sequence[float]],  # per epoch, per layer
-    epochs: Sequence[int] | None = None,  # that were measured; None: all, from the first
 ) -> Sheet:
     "How long each layer's gradient was in each epoch."
-    figure, epochs = sheet(8, 3), range(len(norms)) if epochs is None else epochs
+    figure = sheet(8, 3)
     axis = figure.add_subplot(
         xlabel="epoch",
         ylabel="root mean square of dW",
@@ -209,7 +208,6 @@ def gradient_norms(
             values > 0, values, np.nan
         )  # a dead layer has no place on a logarithmic scale
         axis.plot(
-            epochs,
             values,
             color=COLOURS[(l - 1) % 7],
             linestyle=DASHES[(l - 1) % 4],

@@ -24,10 +24,13 @@ OTHERS = (GREY, "v")
 # %% ../../nbs/viz/06_speed.ipynb #27fc545e
 def ratios(
     timings: Sequence,  # as from `lab.bench.bench`: plain NumPy first
-    title: str = "An epoch, side by side: milliseconds, fastest to slowest, and times plain NumPy",
 ) -> Sheet:
     "A bar for each, with the spread of the repetitions."
-    figure = sheet(8, 0.9 + 0.38 * len(timings), title)
+    figure = sheet(
+        8,
+        0.9 + 0.38 * len(timings),
+        "An epoch, side by side: milliseconds, fastest to slowest, and times plain NumPy",
+    )
     axis = figure.add_subplot(xlabel="ms per epoch, median")
     for y, timing in enumerate(timings):
         axis.barh(
@@ -178,10 +181,9 @@ def growth(
 # %% ../../nbs/viz/06_speed.ipynb #d32a2e3f
 def lasting(
     runs: dict[str, Sequence],  # by name, as from `lab.bench.long_run`
-    title: str = "A long run: time of an epoch, and memory of the parameter server",
 ) -> Sheet:
     "Time and memory of the stretches of a run."
-    figure = sheet(8, 2.8, title)
+    figure = sheet(8, 2.8, "A long run: time of an epoch, and memory of the parameter server")
     time, memory = figure.subplots(1, 2, sharex=True)
     for name, moments in runs.items():
         (colour, mark), epochs = LOOKS.get(name, OTHERS), [moment.epoch for moment in moments]
@@ -214,7 +216,6 @@ def lasting(
 # %% ../../nbs/viz/06_speed.ipynb #115551b3
 def speed_up(
     points: Sequence,  # as from `lab.bench.more_workers`
-    title: str = "More workers: how many times as fast as one",
 ) -> Sheet:
     "A bar for each granularity and number of workers; the line is what would be ideal."
     names, counts = (
@@ -222,7 +223,7 @@ def speed_up(
         for field in ("name", "value")
     )
     figure, found = (
-        sheet(8, 2.6, title),
+        sheet(8, 2.6, "More workers: how many times as fast as one"),
         {(point.name, point.value): point.median for point in points},
     )
     axis, width = figure.add_subplot(ylabel="times as fast"), 0.8 / len(counts)

@@ -86,7 +86,6 @@ def draw_arrow(
     end: tuple[float, float],
     text: str = "",
     colour: str = GREY,
-    bend: float = 0,  # 0 is straight
     at: tuple[float, float] = (0, 0.16),  # where the text stands, from the arrow's middle
     both: bool = False,  # heads at both ends
 ) -> None:
@@ -101,7 +100,6 @@ def draw_arrow(
             "linewidth": 1.3,
             "shrinkA": 0,
             "shrinkB": 0,
-            "connectionstyle": f"arc3,rad={bend}",
         },
         zorder=1,
     )
@@ -314,7 +312,6 @@ def timeline(
     spans: Sequence[tuple[float, float]],  # begin and end of each, seconds
     read: float,  # when the next function read what they left, seconds
     title: str,
-    name: str = "neuron",
 ) -> Sheet:
     "Who worked when, and who was not ready when the next function read."
     figure = sheet(8, 0.8 + 0.24 * len(spans))
@@ -322,7 +319,7 @@ def timeline(
         xlabel="milliseconds",
         title=title,
         yticks=range(len(spans)),
-        yticklabels=[f"{name} {j}" for j in range(len(spans))],
+        yticklabels=[f"neuron {j}" for j in range(len(spans))],
     )
     origin = min(begin for begin, _ in spans)
     for j, (begin, end) in enumerate(spans):
