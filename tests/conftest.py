@@ -17,6 +17,8 @@ import pytest
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # As in a terminal, also where the tests were started with nohup: what they start inherits that a signal is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # or in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests bring their own servers and settings.
 for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "SNN_REDIS_URL", "SNN_PARAMETERS"):
     os.environ.pop(name, None)

@@ -175,9 +175,7 @@ def s3(aws, drawn_data):
     )
     client.create_bucket(Bucket="cats")
     client.put_bucket_versioning(Bucket="cats", VersioningConfiguration={"Status": "Enabled"})
-    client.put_object(
-        Bucket="cats", Key="training_input/datasets.h5", Body=drawn_data.read_bytes()
-    )
+    put_data(client, drawn_data)
     return client
 
 
@@ -528,10 +526,19 @@ def test_the_images_are_those_of_the_data_that_the_model_was_trained_on(s3, pair
         find_data(s3, "cats")
     with pytest.raises(InputError, match="does not hold a file with the ETag 0000"):
         find_data(s3, "cats", "0" * 32)
+    put_data(s3, drawn_data)
 
 
-def test_without_test_images_there_is_no_judgement(between, ask, pair):
-    "A model put there by hand names no data, and by now none lies under the usual name."
+def put_data(s3, drawn_data) -> None:
+    "The data lies under its usual name, as before a test and for those after it."
+    s3.put_object(
+        Bucket="cats", Key="training_input/datasets.h5", Body=drawn_data.read_bytes()
+    )
+
+
+def test_without_test_images_there_is_no_judgement(between, ask, pair, s3, drawn_data):
+    "A model put there by hand names no data, and none lies under the usual name."
+    s3.delete_object(Bucket="cats", Key="training_input/datasets.h5")
 
     def nameless(method, path, body, answer):
         return (
@@ -541,6 +548,7 @@ def test_without_test_images_there_is_no_judgement(between, ask, pair):
         )
 
     status, _, text = ask(between(pair[300][1], nameless), pair[10][1])
+    put_data(s3, drawn_data)
     assert status == "FAILED" and "without its test images the model can't be judged" in text
 
 

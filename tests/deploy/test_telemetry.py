@@ -367,7 +367,8 @@ def test_a_message_that_fails_for_good_ends_its_run_with_the_reason(lines, cloud
 def test_a_function_that_runs_out_of_time_says_so_and_stays_warm(cloud, until):
     pool = cloud.runtime.pools["Cats-LaunchLambda"]
     patient = pool.function
-    until(lambda: pool.idle, "LaunchLambda is idle")
+    cloud.put("Launch", {"state": "watch"})  # it may never have been called before
+    until(lambda: pool.idle and not pool.queue, "LaunchLambda is idle")
     process = pool.idle[0].process.pid
     pool.function = patient._replace(timeout=1)  # its reserve and nothing more
     cloud.put("Launch", {"state": "watch"})

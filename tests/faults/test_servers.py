@@ -471,10 +471,13 @@ def test_a_message_that_is_no_event_is_put_aside_and_the_rest_goes_on(
 
 
 def test_a_cloud_that_has_failed_ends_snn_local_with_its_reason(snn, monkeypatch):
-    def fail(self) -> None:
-        raise OSError("no processors left")
+    class Failing(LocalCloud):
+        "Of its own: the cloud that other tests share goes on."
 
-    monkeypatch.setattr(LocalCloud, "_look_after", fail)
+        def _look_after(self) -> None:
+            raise OSError("no processors left")
+
+    monkeypatch.setattr("snn.local.cloud.LocalCloud", Failing)
     code, out, err = snn("local", "--workers", "1")
     assert (
         code == 1 and err.strip() == "the cloud on this machine has failed: no processors left"
