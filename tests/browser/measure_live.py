@@ -43,6 +43,7 @@ from snn.replay.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+GOAL = 200  # milliseconds from a click to its numbers
 HOW = ("alone", "watched", "page")  # the page is a real one, in Chromium
 LISTEN = """() => {
   window.answered = new Promise((done) => {
@@ -150,9 +151,9 @@ def looked_at(how: str, cloud: LocalCloud, run: str, parameters, datasets, brows
     stage = shown_run(cloud, run, parameters, datasets)
     if how == "watched":
         with hosted(stage, socket.create_server(("127.0.0.1", 0))) as address:
-            with urlopen(address.replace("/?", "/events?")) as told:
-                Thread(target=lambda: list(told), daemon=True).start()
-                yield
+            listen = lambda: list(urlopen(address.replace("/?", "/events?")))
+            Thread(target=listen, daemon=True).start()  # until the page is closed
+            yield
         return
     with shown_page(browser, stage) as page:
         page.wait_for_selector("[data-node]")
@@ -238,9 +239,12 @@ def main() -> None:
                     print(f"{how} / alone, {name}: {spread(ratios)} of {len(pairs)} pairs")
         else:
             for where, times in measure_clicks(chosen.clicks, browser).items():
+                slow = [f"{time:.0f}" for time in times if time > GOAL]
+                middle, worst = statistics.median(times), max(times)
                 print(
-                    f"{where}: {len(times)} clicks, median {statistics.median(times):.0f} ms, worst {max(times):.0f} ms"
+                    f"{where}: {len(times)} clicks, median {middle:.0f} ms, worst {worst:.0f} ms"
                 )
+                print(f"  above {GOAL} ms: {', '.join(slow) or 'none'}")
         browser.close()
 
 
