@@ -129,15 +129,17 @@ SELDOM = {"GetWaiter", "GetPaginator", "CanPaginate"}
 
 
 def asked():
-    "What our commands ask AWS for, where client and call stand in one expression."
+    "What our commands ask AWS for, where client and call stand in one expression, or as `items` is told."
     found = set()
     for path in (infra_folder().parent / "snn" / "deploy").glob("*.py"):
         if path.name in ("gate.py", "sleep.py"):
             continue  # functions, with roles of their own
         text = path.read_text()
         call = r"client\(\s*\"([\w-]+)\"\s*\)\s*\.(?:get_paginator\(\"(\w+)\"\)|(\w+)\()"
-        for service, paginated, plain in re.findall(call, text):
-            name = "".join(word.capitalize() for word in (paginated or plain).split("_"))
+        listed = r"\"([\w-]+)\",\s*\"((?:describe|filter|get|list)_\w+)\""  # of `items`
+        calls = [(service, a or b) for service, a, b in re.findall(call, text)]
+        for service, said in calls + re.findall(listed, text):
+            name = "".join(word.capitalize() for word in said.split("_"))
             found.add((SERVICES.get(service, service), name))
     return sorted((s, n) for s, n in found if n not in SELDOM)
 

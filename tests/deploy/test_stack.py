@@ -160,7 +160,9 @@ def test_from_nothing_to_a_model_and_back_to_nothing(
         assert model_of(account, tmp_path).parameters == shorter
 
     # From a laptop, which can't reach the parameter server, a run is stopped and taken up again.
-    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(parameters, epochs=10**6)))
+    file.write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(parameters, epochs=10**6 + 1))
+    )
     run = runs.upload(account, "Cats", datasets, file)
     until(lambda: runs.newest_cost(account, "Cats", run)[0], "the run has begun")
     order = lambda state: runs.order(account, "Cats", state, run)

@@ -139,7 +139,7 @@ def lines(cloud, until, parameters, datasets):
     other = msgspec.structs.replace(
         cloud.services.runs.plan(run),
         run="other",
-        parameters=msgspec.structs.replace(parameters, epochs=10**6),
+        parameters=msgspec.structs.replace(parameters, epochs=10**6 + 1),
     )
     cloud.services.runs.begin(other)  # and nobody sends its first messages
     record, store = f"{tag('other')}:run", cloud.services.store.client

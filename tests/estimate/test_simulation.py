@@ -19,7 +19,7 @@ from snn.estimate.estimate import paid_for, run_seconds
 from snn.estimate.figures import assumptions, priced, swings, tornado
 from snn.estimate.simulation import Clock, Luck, Pools, aws, on_aws, simulate
 from snn.estimate.trace import recorded
-from snn.estimate.work import epoch_work, run_work
+from snn.estimate.work import epoch_work
 from snn.handlers.protocol import stages, step_of
 
 GRANULARITIES = ("neuron", "layer", "network")
@@ -92,10 +92,7 @@ def test_a_higher_quota_is_never_slower_nor_dearer(granularity, book):
         simulate(plan, on_aws(plan, with_quota(book, quota)), epochs)
         for quota in (10, 50, 1000)
     ]
-    work = run_work(plan, 2957)
-    dollars = lambda outcome: sum(
-        bill(paid_for(plan, outcome, 2957, work, book), book).values()
-    )
+    dollars = lambda outcome: sum(bill(paid_for(plan, outcome, 2957, book), book).values())
     slow, middle, fast = (run_seconds(outcome, 2957) for outcome in found)
     assert slow >= middle >= fast
     dear, medium, cheap = map(dollars, found)
