@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ..errors import InputError
-from ..maths.augment import prepare
+from ..maths.augment import masked, prepare
 from ..maths.network import Layer, activations, cost, epoch_batches
 from ..maths.sampling import mini_batches
 from .compute import weights_before
@@ -133,7 +133,8 @@ def what_if(
     for own in (layers, changed(layers, changes)):
         A = activations(parameters, own, seen.X, seen.masks)
         W, b, *_ = own[one.layer - 1]
-        z = W[one.neuron] @ A[one.layer - 1] + b[one.neuron]
+        A_prev = masked(A[one.layer - 1], seen.masks.get(one.layer - 1))
+        z = W[one.neuron] @ A_prev + b[one.neuron]
         found.append((z, A[one.layer][one.neuron], A[-1][0], cost(A[-1], seen.Y)))
     return WhatIf(changes, chosen, *zip(*found))
 
