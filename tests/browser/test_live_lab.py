@@ -67,14 +67,22 @@ def lab(parameters, small_data, tmp_path, until):
         process.wait(60)
 
 
-def ran(page) -> bool:
-    "Run the cell; JupyterLab drops what it is told before it is wholly connected."
-    page.locator(".jp-CodeCell .cm-content").first.click()
-    page.keyboard.press("Control+Enter")
+def ran(page, address: str) -> bool:
+    """Open the notebook and run its cell.
+
+    Before JupyterLab is wholly connected it drops what it is told, and on a slow machine it may ask
+    for a kernel instead: then the page is loaded again, as anybody would."""
+    page.goto(address)
     number = page.locator(".jp-InputPrompt").get_by_text(re.compile(r"\[\d+\]"))
     try:
-        number.wait_for(timeout=10_000)
+        page.wait_for_selector(
+            ".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000
+        )
+        page.locator(".jp-CodeCell .cm-content").first.click(timeout=10_000)
+        page.keyboard.press("Control+Enter")
+        number.wait_for(timeout=30_000)
     except sync_api.TimeoutError:
+        print("JupyterLab says:", page.locator(".jp-Dialog").all_inner_texts())
         return False
     return True
 
@@ -89,9 +97,7 @@ def test_a_neuron_is_clicked_and_silenced_at_any_epoch_below_a_cell(lab, until):
         asked = []
         page.on("request", lambda sent: asked.append(sent.url))
         page.set_default_timeout(150_000)
-        page.goto(lab)
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-        until(lambda: ran(page), "the cell is run", 300)
+        until(lambda: ran(page, lab), "the cell is run", 300)
         page.wait_for_selector('[data-state=finished] [data-node="2/1"]')
         page.locator('[data-node="2/1"]').click()
         panel = page.get_by_label("the chosen neuron")
