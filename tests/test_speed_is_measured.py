@@ -302,10 +302,17 @@ def test_what_is_spent_on_the_way_is_told_from_what_is_spent_at_work():
     )
 
 
+@pytest.fixture(scope="module")
+def profiled(parameters, small_data):
+    "The parameters of a run at each granularity, and what was seen of it."
+    every = [parameters((5, 3, 1), epochs=9, granularity=name) for name in GRANULARITIES]
+    seen = profile.profile(every, small_data, 2)
+    return {chosen.granularity: (chosen, watched) for chosen, watched in zip(every, seen)}
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_the_parts_of_an_epoch_are_the_whole(granularity, parameters, small_data):
-    chosen = parameters((5, 3, 1), epochs=9, granularity=granularity)
-    watched = profile.profile(chosen, small_data, 2)
+def test_the_parts_of_an_epoch_are_the_whole(granularity, profiled):
+    chosen, watched = profiled[granularity]
     tracks = watched.tracks
     parts, (start, end, epochs) = profile.parts(tracks), profile.middle(tracks)
     assert len(tracks) == 2 and sorted(profile.ends(tracks)) == list(range(9)) and epochs == 5

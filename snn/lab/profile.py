@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FUNCTIONS', 'METHODS', 'Stopwatch', 'put_in_place', 'watch_over', 'main', 'WatchedWorkers', 'Track',
-           'read_track', 'server_seconds', 'Watched', 'profile', 'ends', 'middle', 'parts', 'busy_parts', 'requests',
+           'read_tracks', 'server_seconds', 'Watched', 'profile', 'ends', 'middle', 'parts', 'busy_parts', 'requests',
            'spans', 'Cost', 'cost_of', 'Priced', 'priced', 'price_list']
 
 # %% ../../nbs/lab/03_profile.ipynb #046e0403
@@ -30,7 +30,7 @@ from ..cloud.messages import Upload
 from ..cloud.runs import Runs
 from ..data import h5 as data
 from ..handlers import invocation, upload
-from .bench import GRANULARITIES, in_turns, invocations
+from .bench import GRANULARITIES, invocations
 from ..local import worker
 from ..local.cloud import BUCKET
 from ..local.server import local_aws, parameter_server
@@ -48,7 +48,7 @@ class Stopwatch:
         self.kind, self.kinds = "dispatch", bytearray([KINDS.index("dispatch")])
         self.edges, self.busy = array("d"), array("d")
         self.read_clocks()
-        self.epochs: dict[int, float] = {}  # when each ended
+        self.epochs: dict[str, dict[int, float]] = {}  # when each ended, by run
 
     def read_clocks(self) -> None:
         "Something ends here, and another thing begins."
@@ -132,7 +132,7 @@ def watch_over(
     update = Runs.update
 
     def marked(runs: Runs, run: str, status) -> None:
-        stopwatch.epochs[status.epoch] = time.perf_counter()
+        stopwatch.epochs.setdefault(run, {})[status.epoch] = time.perf_counter()
         update(runs, run, status)
 
     Runs.update = marked
@@ -172,23 +172,21 @@ class Track(NamedTuple):
     busy: np.ndarray = np.empty(0)  # processor time at each of `edges`, seconds
 
 
-def read_track(
+def read_tracks(
     path: Path,  # that a watched worker has left
-) -> Track:
-    "A worker's record."
+    runs: list[str],  # by name
+) -> list[Track]:
+    "A worker's record, for each run with the epochs of that run."
     with np.load(path, allow_pickle=False) as file:
-        return Track(
-            file["kinds"],
-            file["edges"],
-            {int(epoch): when for epoch, when in json.loads(str(file["epochs"])).items()},
-            file["busy"],
-        )
+        kinds, edges, busy = file["kinds"], file["edges"], file["busy"]
+        ended = json.loads(str(file["epochs"]))
+    epochs_of = lambda run: {int(e): when for e, when in ended.get(run, {}).items()}
+    return [Track(kinds, edges, epochs_of(run), busy) for run in runs]
 
 
-def _train(services: Services, parameters: Parameters, datasets: Path) -> float:
-    "One run, from its upload to its end; returns the processor time that an epoch took the parameter server. Raises `RuntimeError` if the run fails."
+def _train(services: Services, parameters: Parameters, datasets: Path) -> tuple[str, float]:
+    "One run, from its upload to its end; returns its name, and the processor time that an epoch took the parameter server. Raises `RuntimeError` if the run fails."
     bucket = services.bucket(BUCKET)
-    bucket.client.create_bucket(Bucket=BUCKET)
     bucket.put("training_input/parameters.json", msgspec.json.encode(parameters))
     bucket.put("training_input/datasets.h5", Path(datasets).read_bytes())
     run = upload.start(Upload(BUCKET, "training_input/datasets.h5", ""), services)
@@ -200,7 +198,7 @@ def _train(services: Services, parameters: Parameters, datasets: Path) -> float:
     if status.state != "finished":
         raise RuntimeError(f"run {run} {status.state}: {status.reason}")
     later = [epoch for epoch in seen if epoch >= 1] or [0]
-    return (seen[later[-1]] - seen[later[0]]) / max(1, later[-1] - later[0])
+    return run, (seen[later[-1]] - seen[later[0]]) / max(1, later[-1] - later[0])
 
 
 def server_seconds(services: Services) -> float:
@@ -217,11 +215,12 @@ class Watched(NamedTuple):
 
 
 def profile(
-    parameters: Parameters,
+    every: list[Parameters],  # of each run; no two alike
     datasets: Path,  # a datasets.h5
     workers: int | None = None,  # as many as there are processors
-) -> Watched:
-    "Train a network with workers that are watched."
+    done: Callable[[int], None] = lambda runs: None,  # is told how many runs have ended
+) -> list[Watched]:  # one for each run
+    "Train networks, one after the other, with workers that are watched."
     with (
         tempfile.TemporaryDirectory() as folder,
         local_aws() as aws,
@@ -236,12 +235,19 @@ def profile(
             },
             workers,
         )
+        names, served = [], []
         try:
-            served = _train(Services(watched.environment), parameters, datasets)
+            services = Services(watched.environment)
+            services.bucket(BUCKET).client.create_bucket(Bucket=BUCKET)
+            for parameters in every:
+                name, seconds = _train(services, parameters, datasets)
+                names, served = [*names, name], [*served, seconds]
+                done(len(names))
         finally:
             watched.close()
-        tracks = [read_track(path) for path in sorted(Path(folder).glob("*.npz"))]
-        return Watched(tracks, served)
+        left = sorted(Path(folder).glob("*.npz"))
+        by_run = zip(*(read_tracks(path, names) for path in left))
+        return [Watched(list(tracks), server) for tracks, server in zip(by_run, served)]
 
 # %% ../../nbs/lab/03_profile.ipynb #de200059
 def ends(
@@ -390,11 +396,18 @@ def price_list(
     base = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0)
     images = len(data.read(datasets).train_x)
 
-    def case(name: str) -> Callable[[int], Watched]:
-        chosen = msgspec.structs.replace(base, granularity=name)
-        seeded = lambda turn: msgspec.structs.replace(chosen, seed=turn)
-        return lambda turn: profile(seeded(turn), datasets, workers)
+    turns = [
+        msgspec.structs.replace(base, granularity=name, seed=turn)
+        for turn in range(repetitions)
+        for name in granularities
+    ]
 
-    found = in_turns({name: case(name) for name in granularities}, repetitions, say)
-    count = lambda name: invocations(msgspec.structs.replace(base, granularity=name), images)
-    return [priced(name, count(name), repeated) for name, repeated in found.items()]
+    def done(runs: int) -> None:
+        if runs % len(granularities) == 0:
+            say(f"repetition {runs // len(granularities)} of {repetitions}")
+
+    found = profile(turns, datasets, workers, done)
+    return [
+        priced(chosen.granularity, invocations(chosen, images), found[k :: len(granularities)])
+        for k, chosen in enumerate(turns[: len(granularities)])
+    ]
