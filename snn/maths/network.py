@@ -137,8 +137,9 @@ def _momentum(p, v, g, rate, optimizer, t):
 def _adam(p, m, v, g, rate, optimizer, t):
     m = optimizer.beta1 * m + (1 - optimizer.beta1) * g
     v = optimizer.beta2 * v + (1 - optimizer.beta2) * g * g
-    m_hat, v_hat = m / (1 - optimizer.beta1**t), v / (1 - optimizer.beta2**t)
-    return p - rate * m_hat / (np.sqrt(v_hat) + optimizer.epsilon), m, v
+    move = rate * (m / (1 - optimizer.beta1**t))
+    move /= np.sqrt(v / (1 - optimizer.beta2**t)) + optimizer.epsilon
+    return p - move, m, v
 
 
 RULES = {"sgd": _sgd, "momentum": _momentum, "adam": _adam}
@@ -186,7 +187,7 @@ def mean_of(
     shares = (value * (size / sum(sizes)) for value, size in zip(values, sizes))
     total = next(shares)
     for share in shares:
-        total = total + share
+        total += share
     return total
 
 # %% ../../nbs/maths/04_network.ipynb #2229a3f3
