@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 from fnmatch import fnmatch
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -49,10 +50,11 @@ def _path(module: str) -> Path | None:
     )
 
 
+@cache  # each is asked for each function, and for each package
 def imports(
     module: str,  # as snn.handlers.protocol
     source: str,  # of the module
-) -> set[str]:
+) -> frozenset[str]:
     "Our modules that a module imports, wherever in it."
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -60,7 +62,8 @@ def imports(
             continue
         base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
         names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.split(".")[0] == "snn" and _path(name)}
+    ours = (name for name in names if name.split(".")[0] == "snn")
+    return frozenset(name for name in ours if _path(name))
 
 
 def our_files(

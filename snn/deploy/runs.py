@@ -171,6 +171,7 @@ def _newest_items(account: Account, stack: str, run: str, most: int) -> Iterator
         ExpressionAttributeValues={":run": {"S": Resumption(run, number).run}},
         Limit=most,
         ScanIndexForward=False,
+        ConsistentRead=True,
     )["Items"]:
         yield found
         number += 1
@@ -351,21 +352,23 @@ def watch(
     known = set()
     while True:
         answers = new_answers(account, bucket, known)
+        # Asked before the figures, so that those of a run that has ended are its last.
+        ended, reason = finished(account, bucket, run), stopped(account, bucket, run)
         asked, ((now, cost), spent, lacking) = time.time(), _figures(account, stack, run)
         news = News(
             now,
             cost,
             [*lacking[: epochs < 0], *errors_since(account, stack, since)],
-            finished(account, bucket, run),
+            ended,
             spent,
             tuple(answer.words for answer in answers),
         )
         report(news)
         if news.finished:
             return news
-        if not now and (reason := not_begun(account, bucket, run, answers)):
-            raise InputError(f"run {run} was not begun: {reason}")
-        if reason := stopped(account, bucket, run):
+        if not now and (refused := not_begun(account, bucket, run, answers)):
+            raise InputError(f"run {run} was not begun: {refused}")
+        if reason:
             raise RuntimeError(f"run {run} ended after {now} epochs: {reason}")
         if now != epochs:
             epochs, moved = now, time.monotonic()
