@@ -1,5 +1,6 @@
 """Real processes, real signals: kill, divergence, stop, several runs, and secrets."""
 
+import hashlib
 import io
 import json
 import os
@@ -62,10 +63,35 @@ def long_run(parameters):
     )
 
 
+def model_of(cloud, name) -> dict[str, bytes]:
+    return bytes_of(io.BytesIO(cloud.bucket.get(f"training_results/{name}/params.h5")))
+
+
+@pytest.fixture(scope="module")
+def whole(cloud, small_data, start_run, finished):
+    "Trains undisturbed, once for equal parameters; returns the name of the run in the cloud that tests share."
+    known = {}
+
+    def run(parameters) -> str:
+        name = f"whole-{hashlib.md5(written := msgspec.json.encode(parameters)).hexdigest()}"
+        if written not in known:
+            known[written] = start_run(cloud, name, parameters, small_data)
+            finished(cloud, known[written])
+        return known[written]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scarred():
+    "A cloud for all accidents that a cloud recovers from."
+    with LocalCloud() as opened:
+        yield opened
+
+
 def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_same_bytes(
-    tmp_path, small_data, long_run, until
+    tmp_path, small_data, long_run, until, cloud, whole
 ):
-    training.train(long_run, small_data, tmp_path / "whole")
     parameters_json = tmp_path / "parameters.json"
     parameters_json.write_bytes(msgspec.json.encode(long_run))
     scratch = tmp_path / "scratch"
@@ -98,12 +124,10 @@ def test_a_killed_process_group_leaves_nothing_and_its_run_is_taken_up_with_the_
         "no folder or socket of the killed run is left",
     )
     training.resume(tmp_path / "cut")
-    assert bytes_of(tmp_path / "cut" / "params.h5") == bytes_of(
-        tmp_path / "whole" / "params.h5"
-    )
-    one, two = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("cut", "whole")
-    )
+    undisturbed = whole(long_run)
+    assert bytes_of(tmp_path / "cut" / "params.h5") == model_of(cloud, undisturbed)
+    one = json.loads((tmp_path / "cut" / "results.json").read_text())
+    two = json.loads(cloud.bucket.get(f"training_results/{undisturbed}/results.json"))
     assert {k: v for k, v in one.items() if k.startswith("epoch")} == {
         k: v for k, v in two.items() if k.startswith("epoch")
     }
@@ -126,28 +150,20 @@ def watched(cloud, name, until):
     return runs.status(runs.newest(name))
 
 
-def model_of(cloud, name) -> dict[str, bytes]:
-    return bytes_of(io.BytesIO(cloud.bucket.get(f"training_results/{name}/params.h5")))
-
-
 def test_killed_workers_and_a_killed_parameter_server_change_nothing(
-    tmp_path, small_data, long_run, until
+    small_data, long_run, until, cloud, whole, scarred
 ):
     quick = msgspec.structs.replace(long_run, stall_after=1.0)
-    training.train(quick, small_data, tmp_path / "whole")
-    with LocalCloud() as cloud:
-        name = run_id(cloud.upload(quick, small_data), quick)
-        until(lambda: cloud.services.runs.status(name).epoch > 5, "some epochs are done")
-        for process in list(cloud.workers.processes.values()):
-            process.kill()
-        until(
-            lambda: cloud.services.runs.status(name).epoch > 15,
-            "the run goes on with new workers",
-        )
-        cloud.services.store.client.shutdown(nosave=True)
-        assert watched(cloud, name, until).state == "finished"
-        assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
-        assert "~" in cloud.services.runs.newest(name)  # it was taken up again
+    runs = scarred.services.runs
+    name = run_id(scarred.upload(quick, small_data), quick)
+    until(lambda: runs.status(name).epoch > 5, "some epochs are done")
+    for process in list(scarred.workers.processes.values()):
+        process.kill()
+    until(lambda: runs.status(name).epoch > 15, "the run goes on with new workers")
+    scarred.services.store.client.shutdown(nosave=True)
+    assert watched(scarred, name, until).state == "finished"
+    assert model_of(scarred, name) == model_of(cloud, whole(quick))
+    assert "~" in runs.newest(name)  # it was taken up again
 
 
 def signalled(cloud, number: signal.Signals) -> None:
@@ -158,37 +174,37 @@ def signalled(cloud, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("granularity", ["neuron", "layer", "network"])
 def test_workers_killed_over_and_over_at_any_moment_change_nothing(
-    granularity, tmp_path, small_data, long_run, until
+    granularity, small_data, long_run, until, cloud, whole, scarred
 ):
     quick, dice = (
         msgspec.structs.replace(long_run, granularity=granularity, epochs=24, stall_after=1.0),
         random.Random(granularity),
     )
-    training.train(quick, small_data, tmp_path / "whole")
-    with LocalCloud() as cloud:
-        runs, hit = cloud.services.runs, 0
-        signalled(cloud, signal.SIGSTOP)  # nothing happens but between SIGCONT and SIGSTOP
-        name = run_id(cloud.upload(quick, small_data), quick)
+    runs, hit = scarred.services.runs, 0
+    try:
+        signalled(scarred, signal.SIGSTOP)  # nothing happens but between SIGCONT and SIGSTOP
+        name = run_id(scarred.upload(quick, small_data), quick)
         while hit < 4 and not (runs.knows(name) and runs.status(name).state != "running"):
-            signalled(cloud, signal.SIGCONT)
+            signalled(scarred, signal.SIGCONT)
             time.sleep(dice.random() / 50)  # anywhere in an epoch
-            signalled(cloud, signal.SIGSTOP)
+            signalled(scarred, signal.SIGSTOP)
             running = runs.knows(name) and runs.status(name).state == "running"
             if not running:
                 continue
-            process = cloud.workers.processes[dice.choice(cloud.workers.names)]
+            process = scarred.workers.processes[dice.choice(scarred.workers.names)]
             process.kill()
             hit += 1
-            until(lambda: process not in cloud.workers.processes.values(), "it is replaced")
-        signalled(cloud, signal.SIGCONT)
-        assert hit, "the run had ended before the first kill"
-        status = watched(cloud, name, until)
-        assert status.state == "finished", status.reason
-        assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
+            until(lambda: process not in scarred.workers.processes.values(), "it is replaced")
+    finally:
+        signalled(scarred, signal.SIGCONT)
+    assert hit, "the run had ended before the first kill"
+    status = watched(scarred, name, until)
+    assert status.state == "finished", status.reason
+    assert model_of(scarred, name) == model_of(cloud, whole(quick))
 
 
 def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(
-    tmp_path, small_data, parameters, until
+    small_data, parameters, until, cloud
 ):
     wild = parameters(
         (5, 3, 1),
@@ -199,11 +215,10 @@ def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(
         learning_rate=1e155,
         hidden="leaky_relu",
     )
-    with LocalCloud() as cloud:
-        name = run_id(cloud.upload(wild, small_data), wild)
-        status = watched(cloud, name, until)
-        stopped = json.loads(cloud.bucket.get(f"training_results/{name}/stopped.json"))
-        plan = cloud.bucket.get(f"training_checkpoints/{name}/plan.json")
+    name = run_id(cloud.upload(wild, small_data), wild)
+    status = watched(cloud, name, until)
+    stopped = json.loads(cloud.bucket.get(f"training_results/{name}/stopped.json"))
+    plan = cloud.bucket.get(f"training_checkpoints/{name}/plan.json")
     assert status.state == "failed"
     for words in ("epoch ", "mini-batch ", "layer ", "a learning rate below 1e+155 may help"):
         assert words in status.reason
@@ -212,26 +227,24 @@ def test_a_learning_rate_that_is_too_large_stops_the_run_and_says_where(
     assert stopped["state"] == "failed" and plan
 
 
-def test_a_stopped_run_stops_and_can_go_on(tmp_path, small_data, long_run, until):
+def test_a_stopped_run_stops_and_can_go_on(small_data, long_run, until, cloud, whole):
     from snn.handlers import checkpoint
     from snn.handlers.ending import end_early
 
-    training.train(long_run, small_data, tmp_path / "whole")
-    with LocalCloud() as cloud:
-        runs = cloud.services.runs
-        name = run_id(cloud.upload(long_run, small_data), long_run)
-        until(lambda: runs.status(name).epoch > 11, "a checkpoint is there")
-        cloud.services._buckets[cloud.bucket_name] = cloud.bucket
-        end_early(runs.plan(name), cloud.services, "stopped", "its owner asked for it")
-        until(lambda: not cloud.services.store.client.llen("snn:queue"), "no message is left")
-        assert runs.status(name).state == "stopped"
-        checkpoint.resume(name, cloud.bucket, cloud.services)
-        assert watched(cloud, name, until).state == "finished"
-        assert model_of(cloud, name) == bytes_of(tmp_path / "whole" / "params.h5")
+    runs = cloud.services.runs
+    name = run_id(cloud.upload(long_run, small_data), long_run)
+    until(lambda: runs.status(name).epoch > 11, "a checkpoint is there")
+    cloud.services._buckets[cloud.bucket_name] = cloud.bucket
+    end_early(runs.plan(name), cloud.services, "stopped", "its owner asked for it")
+    until(lambda: not cloud.services.store.client.llen("snn:queue"), "no message is left")
+    assert runs.status(name).state == "stopped"
+    checkpoint.resume(name, cloud.bucket, cloud.services)
+    assert watched(cloud, name, until).state == "finished"
+    assert model_of(cloud, name) == model_of(cloud, whole(long_run))
 
 
 def test_several_runs_at_once_do_not_disturb_one_another(
-    tmp_path, small_data, parameters, start_run, finished
+    small_data, parameters, start_run, finished, cloud, whole
 ):
     kinds = [
         parameters(
@@ -240,18 +253,13 @@ def test_several_runs_at_once_do_not_disturb_one_another(
         for g in ("layer", "network")
         for seed in (0, 1)
     ]
-    alone = []
-    for number, kind in enumerate(kinds):
-        training.train(kind, small_data, tmp_path / str(number))
-        alone.append(bytes_of(tmp_path / str(number) / "params.h5"))
-    with LocalCloud() as cloud:
-        names = [
-            start_run(cloud, str(number), kind, small_data)
-            for number, kind in enumerate(kinds)
-        ]
-        for name in names:
-            finished(cloud, name)
-        assert [model_of(cloud, name) for name in names] == alone
+    alone = [model_of(cloud, whole(kind)) for kind in kinds]
+    names = [
+        start_run(cloud, str(number), kind, small_data) for number, kind in enumerate(kinds)
+    ]
+    for name in names:
+        finished(cloud, name)
+    assert [model_of(cloud, name) for name in names] == alone
 
 
 def test_a_password_is_used_and_never_shown(tmp_path, capfd, until):
