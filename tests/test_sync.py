@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -126,10 +127,16 @@ BELOW = {  # what each room may import, itself apart; rooms that are not named h
 }
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    "All of a module's code."
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imported(path: Path) -> set[str]:
     "The rooms of snn that a module imports, at its top or in a function."
     package, found = ["snn", *path.relative_to(ROOT / "snn").parts[:-1]], set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -168,7 +175,7 @@ VENDORS = {"boto3", "botocore", "redis", "hiredis", "aws_lambda_powertools"}
 def packages(path: Path) -> set[str]:
     "The packages of others that a module imports, at its top or in a function."
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -199,18 +206,18 @@ def test_no_backend_imports_one_that_is_not_shared():
 
 def modules_of(path: Path) -> set[str]:
     "The modules of ours that a module imports, at its top, in a function, or by their names."
-    tree, known = ast.parse(path.read_text()), {dotted(other) for other in MODULES}
     package, found = list(path.relative_to(ROOT).parts[:-1]), set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             whole = ".".join([*start, *([node.module] if node.module else [])])
             found |= {whole, *(f"{whole}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
             found |= {argument.value for argument in node.args if hasattr(argument, "value")}
-    return found & known
+    return found & {dotted(other) for other in MODULES}
 
 
+@cache
 def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -239,7 +246,7 @@ IN_LUA = re.compile(
 def faults(path: Path) -> list[str]:
     "What a module does that no module here does."
     text, found = path.read_text(), []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
             found += [

@@ -46,7 +46,7 @@ def test_only_launch_carries_hdf5(packages):
 def test_no_handler_imports_what_it_does_not_need_at_a_cold_start(packages):
     for name, modules in HANDLERS.items():
         for module in modules:
-            measured = cold_import(packages[name], module)
+            measured = cold_import(packages[name], module, times=1)
             print(f"{module}: {measured.seconds * 1000:.0f} ms")
             assert not measured.modules & FORBIDDEN
 
@@ -54,7 +54,7 @@ def test_no_handler_imports_what_it_does_not_need_at_a_cold_start(packages):
 def test_a_cold_start_of_a_neuron_imports_little(packages):
     "What takes a cold start's time is the number of modules: 170 of them are NumPy's, half of all are what redis and Powertools need."
     neuron, numpy = (
-        cold_import(packages["training"], module, times=5)
+        cold_import(packages["training"], module, times=1)
         for module in ("snn.handlers.protocol", "numpy")
     )
     print(
