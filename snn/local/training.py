@@ -193,12 +193,26 @@ def plot_costs(
 def _draw_costs(costs: list[float], threshold: float, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    class Plain(LogFormatter):
+        "Numbers as one writes them: 0.05, and not 5 times a power of ten."
+
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    figure = Figure(figsize=(7, 4), dpi=120)
     FigureCanvasAgg(figure)
-    axis = figure.add_subplot(
-        xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log", title="Cost of each epoch"
-    )
+    place = (
+        0.12,
+        0.13,
+        0.85,
+        0.78,
+    )  # which a layout would take longer to find than all the rest
+    axis = figure.add_axes(place, title="Cost of each epoch")
+    axis.set(xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log")
+    axis.yaxis.set_major_formatter(Plain())
+    axis.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
     axis.plot(
         range(1, len(costs) + 1),
         costs,
