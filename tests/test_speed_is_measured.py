@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def parameters_file(parameters, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def opened(cloud, monkeypatch):
+    "`snn bench` finds the cloud of this file's tests open; that it opens and closes its own, the test of Ctrl-C sees."
+    monkeypatch.setattr("snn.local.cloud.LocalCloud", lambda workers: nullcontext(cloud))
+
+
 def check_rows(rows: list[dict], peers: set[str] = frozenset()) -> None:
     "Everybody is there, and what is said of them can be."
     assert [row["name"] for row in rows][:5] == [*REFERENCES, *GRANULARITIES] and {
@@ -48,7 +55,7 @@ def check_rows(rows: list[dict], peers: set[str] = frozenset()) -> None:
 
 
 def test_the_bench_times_all_granularities_and_counts_their_invocations(
-    snn, parameters_file, small_data
+    snn, parameters_file, small_data, opened
 ):
     code, said, told = snn(
         "bench",
@@ -79,7 +86,7 @@ def test_the_bench_times_all_granularities_and_counts_their_invocations(
 
 
 def test_a_quick_bench_prints_a_table_and_draws_a_picture(
-    snn, parameters_file, small_data, tmp_path
+    snn, parameters_file, small_data, tmp_path, opened
 ):
     code, said, told = snn(
         "bench",

@@ -114,6 +114,7 @@ def bench(
     from snn.lab import bench as benchmark
     from snn.lab.engines import chosen
     from snn.local import training
+    from snn.local.cloud import LocalCloud
 
     _check_plot(plot)
     ways = chosen(engines)
@@ -123,7 +124,8 @@ def bench(
     say = lambda line: err.print(line, markup=False)
     if profile:
         return _show_prices(what, workers, say, json)
-    timings = benchmark.bench(*what, workers=workers, say=say, engines=ways)
+    with LocalCloud(workers) as cloud:
+        timings = benchmark.bench(cloud, *what, say=say, engines=ways)
     if plot:
         from snn.viz.speed import ratios
 

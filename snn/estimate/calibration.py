@@ -201,11 +201,11 @@ class Point(NamedTuple):
 
 
 def compare(
+    cloud: LocalCloud,
     datasets: Path,  # a datasets.h5
     images: int,  # to learn from in it
     size: int,  # their edge in pixels
-    runtime: str = "inline",  # or lambda
-    workers: int | None = None,  # as many as there are processors
+    runtime: str = "inline",  # or lambda, as the cloud's
     epochs: int = 20,  # of each run
     repetitions: int = 3,  # in turns
     inline: dict[
@@ -219,9 +219,8 @@ def compare(
         which for pair in zip(TRAINED_ON, ASKED_ABOUT) for which in pair
     ]  # what the machine does besides hits both alike
     plans = [default_plan(granularity, images, sizes, size) for granularity, sizes in turns]
-    with LocalCloud(workers, runtime=runtime) as cloud:
-        runs = measure(cloud, plans, datasets, epochs, repetitions)
-    start = START if runtime == "inline" else LAMBDA
+    runs = measure(cloud, plans, datasets, epochs, repetitions)
+    start, workers = START if runtime == "inline" else LAMBDA, cloud.workers.count
     environment_of = lambda times: here({**START, **inline, **times}, runtime, workers)
     times, asked = {**inline, **fit(runs[0::2], start, environment_of)}, runs[1::2]
     return times, [

@@ -218,12 +218,12 @@ def with_faster(
 
 
 def bench(
+    cloud: LocalCloud,
     parameters: Parameters,  # of the network; granularity and epochs are set here
     datasets: Path,  # a datasets.h5
     epochs: int = 60,  # of each run
     repetitions: int = 5,
     granularities: tuple[str, ...] = GRANULARITIES,
-    workers: int | None = None,  # as many as there are processors
     say: Callable[[str], None] = lambda line: (
         None
     ),  # is told of peers left out, and of each repetition
@@ -233,13 +233,12 @@ def bench(
     base = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0)
     found = data.read(datasets)
     cases = references(base, found)
-    with LocalCloud(workers) as cloud:
-        runs = run_cases(cloud, base, datasets, granularities)
-        cases |= {name: runs[name] for name in granularities}
-        for name, peer in peers_here(say).items():
-            cases[name] = lambda turn, peer=peer: peer.time(base, found)
-        cases |= engine_cases(engines, base, found, workers or cores(), say)
-        times = with_faster(in_turns(cases, repetitions, say), say)
+    runs = run_cases(cloud, base, datasets, granularities)
+    cases |= {name: runs[name] for name in granularities}
+    for name, peer in peers_here(say).items():
+        cases[name] = lambda turn, peer=peer: peer.time(base, found)
+    cases |= engine_cases(engines, base, found, cloud.workers.count, say)
+    times = with_faster(in_turns(cases, repetitions, say), say)
     return [timing(name, times, base, len(found.train_x)) for name in times]
 
 
@@ -459,6 +458,7 @@ def long_run(
 
 # %% ../../nbs/lab/02_bench.ipynb #62a1591b
 def more_workers(
+    cloud: LocalCloud,  # for as many as it has itself
     counts: list[int],  # of workers
     parameters: Parameters,
     datasets: Path,
@@ -469,12 +469,15 @@ def more_workers(
     chosen, timed = enough_epochs(parameters, datasets, seconds), {}
     with ExitStack() as stack:
         for count in counts:
-            cases = run_cases(stack.enter_context(LocalCloud(count)), chosen, datasets)
+            own = count == cloud.workers.count
+            where = cloud if own else stack.enter_context(LocalCloud(count))
+            cases = run_cases(where, chosen, datasets)
             timed |= {(name, count): case for name, case in cases.items() if name != NUMPY}
         return points(in_turns(timed, repetitions))
 
 # %% ../../nbs/lab/02_bench.ipynb #cc578bc3
 def half_bytes(
+    cloud: LocalCloud,
     parameters: Parameters,
     datasets: Path,
     epochs: int = 60,
@@ -482,11 +485,10 @@ def half_bytes(
 ) -> dict[str, float]:  # by name
     "Time of an epoch in float32, as part of one in float64: median over the repetitions."
     base, timed = msgspec.structs.replace(parameters, epochs=epochs, threshold=0.0), {}
-    with LocalCloud() as cloud:
-        for dtype in ("float64", "float32"):
-            cases = run_cases(cloud, msgspec.structs.replace(base, dtype=dtype), datasets)
-            timed |= {(name, dtype): case for name, case in cases.items()}
-        times = in_turns(dict(sorted(timed.items())), repetitions)
+    for dtype in ("float64", "float32"):
+        cases = run_cases(cloud, msgspec.structs.replace(base, dtype=dtype), datasets)
+        timed |= {(name, dtype): case for name, case in cases.items()}
+    times = in_turns(dict(sorted(timed.items())), repetitions)
     return {
         name: statistics.median(
             a / b for a, b in zip(times[name, "float32"], times[name, "float64"])
