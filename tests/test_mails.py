@@ -78,20 +78,25 @@ def aws(cloud):
 
 
 @pytest.fixture
-def upload(cloud, aws, tmp_path, small_data):
-    "Uploads by the AWS command line into a folder of training_input/; returns the run."
+def upload(cloud, small_data):
+    "Uploads into a folder of training_input/; returns the run."
 
     def put(folder: str, chosen=None) -> str:
         place = f"training_input/{folder}"
         if chosen:
-            (tmp_path / "parameters.json").write_bytes(msgspec.json.encode(chosen))
-            aws("cp", tmp_path / "parameters.json", f"s3://snn/{place}/")
-        aws("cp", small_data, f"s3://snn/{place}/datasets.h5")
-        head = cloud.bucket.client.head_object(Bucket="snn", Key=f"{place}/datasets.h5")
-        there = parse(cloud.bucket.get(f"{place}/parameters.json"))
-        return run_id(Upload("snn", f"{place}/datasets.h5", head["ETag"].strip('"')), there)
+            cloud.bucket.put(f"{place}/parameters.json", msgspec.json.encode(chosen))
+        cloud.bucket.put(f"{place}/datasets.h5", small_data.read_bytes())
+        return there(cloud, folder)
 
     return put
+
+
+def there(cloud, folder: str) -> str:
+    "The run of the files that lie in a folder of training_input/."
+    key = f"training_input/{folder}/datasets.h5"
+    head = cloud.bucket.client.head_object(Bucket="snn", Key=key)
+    chosen = parse(cloud.bucket.get(f"training_input/{folder}/parameters.json"))
+    return run_id(Upload("snn", key, head["ETag"].strip('"')), chosen)
 
 
 def again(mails, run: str) -> list[str]:
@@ -100,10 +105,14 @@ def again(mails, run: str) -> list[str]:
 
 
 def test_after_its_end_the_model_is_put_in_place_again(
-    cloud, upload, aws, parameters, finished, mails, until
+    cloud, aws, parameters, small_data, tmp_path, finished, mails, until
 ):
     "The original's remedy, delete and upload again, when the Codebook has left its model meanwhile."
-    run = upload("ended", parameters((3, 1), granularity="network"))
+    chosen, place = tmp_path / "parameters.json", "s3://snn/training_input/ended"
+    chosen.write_bytes(msgspec.json.encode(parameters((3, 1), granularity="network")))
+    aws("cp", chosen, f"{place}/")
+    aws("cp", small_data, f"{place}/datasets.h5")
+    run = there(cloud, "ended")
     finished(cloud, run)
     left = {
         key: cloud.bucket.get(f"training_results/{run}/{key}")
@@ -113,16 +122,16 @@ def test_after_its_end_the_model_is_put_in_place_again(
     cloud.bucket.put("prediction_input/params.h5", b"the Codebook's, of ten epochs")
     cloud.bucket.put("training_results/results.json", b"{}")
     names = cloud.services.runs.names()
-    aws("rm", "s3://snn/training_input/ended/datasets.h5")
-    assert upload("ended") == run
+    aws("rm", f"{place}/datasets.h5")
+    aws("cp", small_data, f"{place}/datasets.h5")
+    assert there(cloud, "ended") == run
     (text,) = until(lambda: again(mails, run), "a mail has come")
     assert cloud.bucket.get("prediction_input/params.h5") == left["params.h5"]
     assert cloud.bucket.get("training_results/results.json") == left["results.json"]
     assert cloud.bucket.get(f"training_results/{run}/run.json") == left["run.json"]
     assert cloud.services.runs.names() == names
     assert "had finished before" in text and '"run": "second"' in text
-    address = "s3://snn/training_input/ended/datasets.h5"
-    assert "had finished before" in cloud.services.runs.answers()[address]
+    assert "had finished before" in cloud.services.runs.answers()[f"{place}/datasets.h5"]
 
 
 def test_another_name_in_its_parameters_makes_a_run_of_its_own(
@@ -130,16 +139,16 @@ def test_another_name_in_its_parameters_makes_a_run_of_its_own(
 ):
     chosen = parameters((3, 1), granularity="network", seed=3)
     first = upload("named", chosen)
+    finished(cloud, first)
     second = upload("named", msgspec.structs.replace(chosen, run="second"))
     assert first != second
-    for run in (first, second):
-        finished(cloud, run)
+    finished(cloud, second)
     one, two = weights_of(cloud, first), weights_of(cloud, second)
     assert all((one[name] == two[name]).all() for name in one)
 
 
 def test_while_it_runs_and_after_it_was_stopped(
-    cloud, upload, aws, parameters, mails, until, snn, monkeypatch
+    cloud, upload, parameters, mails, until, snn, monkeypatch
 ):
     runs = cloud.services.runs
     long = parameters(
@@ -160,7 +169,7 @@ def test_while_it_runs_and_after_it_was_stopped(
     stopped = f"training_results/{run}/stopped.json"
     assert "its owner asked for it" in cloud.bucket.get(stopped).decode()
     # Deleted and uploaded again: it goes on.
-    aws("rm", "s3://snn/training_input/long/datasets.h5")
+    cloud.bucket.client.delete_object(Bucket="snn", Key="training_input/long/datasets.h5")
     assert upload("long") == run
     until(lambda: len(again(mails, run)) == 2, "another mail has come")
     text = again(mails, run)[1]
