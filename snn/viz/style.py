@@ -54,11 +54,19 @@ class Sheet(Figure):
         said = dict.fromkeys(" ".join(title.split()) for title in titles if title)
         return "; ".join(said).replace(r"\$", "$")[:300]
 
+    def drawn(self) -> Image.Image:
+        "The sheet in all its colours; `savefig` would lay it out twice, and pack it as a PNG."
+        usual, canvas = self.dpi, FigureCanvasAgg(self)
+        self.dpi = self.finer * usual
+        try:
+            canvas.draw()
+        finally:
+            self.dpi = usual
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
     def png(self) -> bytes:
         "The sheet as a PNG of few colours, chosen so that no line loses its own."
-        drawn, small = BytesIO(), BytesIO()
-        self.savefig(drawn, format="png", dpi=self.finer * self.dpi)
-        image, plain = Image.open(drawn).convert("RGB"), {"dither": Image.Dither.NONE}
+        image, plain, small = self.drawn(), {"dither": Image.Dither.NONE}, BytesIO()
         if any(axis.images for axis in self.axes):
             # Every second pixel of each row and column is enough to choose by, and no line is thinner.
             half = image.resize([-(-n // 2) for n in image.size], Image.Resampling.NEAREST)
