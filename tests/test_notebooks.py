@@ -6,6 +6,7 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -52,17 +53,19 @@ def changed(before: dict[str, str]) -> list[str]:
 
 def run(notebook: str) -> tuple[bool, str]:
     "Run a notebook in this process; True, or False and what it said, or has left changed."
+    import nbdev.test
     from execnb.shell import CaptureShell
-    from nbdev.test import test_nb
 
-    # It shows nothing, and what it has formatted is formatted again for the cell's outputs.
+    # Nobody looks at the pictures on a fine screen.
+    nbdev.test.CaptureShell = partial(CaptureShell, mpl_format="png")
+    # The hook shows nothing; what it would format is formatted again for the cell's outputs.
     CaptureShell.displayhook_class.compute_format_data = lambda hook, result: ({}, {})
     os.chdir(ROOT)
     before = surroundings()
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(SECONDS)
     with redirect_stderr(io.StringIO()) as said:
-        passed, _ = test_nb(ROOT / notebook, skip_flags=["notest"])
+        passed, _ = nbdev.test.test_nb(ROOT / notebook, skip_flags=["notest"])
     signal.alarm(0)
     left = changed(before)
     return passed and not left, f"{said.getvalue()}{left and f'It has left changed: {left}'}"

@@ -330,9 +330,10 @@ def table_row(
     parameters: Parameters,
     datasets: bytes,  # content of a datasets.h5
     rate: float = 0.1,  # faults per message
+    peace: Result | None = None,  # the run without faults, if there has been one
 ) -> Row:
     "Run a number of schedules and compare."
-    peace = run_in_lab(Schedule(0, ()), url, parameters, datasets)
+    peace = peace or run_in_lab(Schedule(0, ()), url, parameters, datasets)
     results = [
         run_in_lab(Schedule(seed, kinds, rate), url, parameters, datasets) for seed in seeds
     ]
