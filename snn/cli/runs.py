@@ -206,15 +206,18 @@ def faults(
         raise InputError(
             "the fault lab empties its parameter server; unset SNN_REDIS_URL, and it starts one of its own"
         )
+    datasets = lab.small_datasets()
     with parameter_server() as server:
+        peace = lab.run_in_lab(lab.Schedule(0, ()), server.url, parameters, datasets)
         for kinds in [*((kind,) for kind in lab.KINDS), lab.KINDS]:
             row = lab.table_row(
                 kinds,
                 range(seed, seed + count),
                 server.url,
                 parameters,
-                lab.small_datasets(),
+                datasets,
                 rate,
+                peace,
             )
             rows.append(row._asdict())
             equal = (
