@@ -24,7 +24,6 @@ from msgspec import Raw
 
 from ..backends.aws.account import surroundings
 from ..backends.local.services import Services
-from ..cloud.messages import Envelope
 from ..deploy.package import HANDLERS, build, unzip
 from ..deploy.wheels import Target, find_python, here
 from ..errors import InputError
@@ -451,10 +450,8 @@ class LambdaWorkers:
             letter["requestPayload"],
             letter["responsePayload"],
         )
-        self.services.bus.bury(
-            Envelope(function, Raw(json.dumps(event).encode())),
-            f"{why['errorType']}: {why['errorMessage']}",
-        )
+        reason = f"{why['errorType']}: {why['errorMessage']}"
+        self.services.bus.put_aside(Raw(json.dumps(event).encode()), reason, function)
         if "run" in event:
             self.runtime.put("LaunchLambda", announced(letter))
 

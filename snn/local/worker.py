@@ -61,7 +61,7 @@ def run_one(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"  # it is about no run that could be ended
     if reason:
-        services.bus.bury(envelope, reason)
+        services.bus.put_aside(envelope.event, reason, envelope.function)
 
 # %% ../../nbs/local/02_worker.ipynb #3c82cee4
 SETTINGS = {

@@ -781,7 +781,7 @@ def test_what_is_put_aside_is_kept_with_its_reason(store):
     queue = Queue(store)
     store.client.rpush(QUEUE, b"no message")
     assert queue.take("one", wait=0) == []
-    queue.bury(Envelope("NeuronLambda", msgspec.Raw(b'{"run":"demo"}'), 3), "it failed")
+    queue.put_aside(msgspec.Raw(b'{"run":"demo"}'), "it failed", "NeuronLambda")
     store.flush()
     first, second = queue.dead()
     assert (first["event"], first["function"]) == ("no message", "")

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import Raw
 
 from .store import Store
 from ...cloud.interfaces import Bus
@@ -236,23 +237,15 @@ class Queue(Bus):
         "Let go of a message in hand for good: if this worker dies, nobody puts it back."
         self.valkey.now("LREM", self.in_flight, 0, msgspec.json.encode(envelope))
 
-    def bury(self, envelope: Envelope, reason: str) -> None:
-        "Put a message that failed too often aside, with the reason."
-        self.valkey.later(
-            "RPUSH",
-            DEAD,
-            msgspec.json.encode(
-                {"function": envelope.function, "event": envelope.event, "reason": reason}
-            ),
-        )
-
-    def put_aside(self, text: str, reason: str) -> None:
-        "Put aside what is not even a message, with the reason."
-        self.valkey.later(
-            "RPUSH",
-            DEAD,
-            msgspec.json.encode({"function": "", "event": text, "reason": reason}),
-        )
+    def put_aside(
+        self,
+        event: str | Raw,  # a text, where it is not even an event
+        reason: str,
+        function: str = "",  # that failed too often on it
+    ) -> None:
+        "Put a message aside that nobody can do, with the reason."
+        letter = {"function": function, "event": event, "reason": reason}
+        self.valkey.later("RPUSH", DEAD, msgspec.json.encode(letter))
 
     def dead(self) -> list[dict]:
         "Messages that were put aside."
