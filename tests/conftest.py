@@ -91,11 +91,14 @@ def root() -> Path:
 def until():
     "Waits for something to become true, but not for ever."
 
-    def wait(condition, what: str, seconds: float = 60):
+    def wait(
+        condition, what, seconds: float = 60
+    ):  # what: words, or what says them at the end
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             if time.monotonic() > deadline:
-                pytest.fail(f"after {seconds:g} s still not so: {what}")
+                said = what() if callable(what) else what
+                pytest.fail(f"after {seconds:g} s still not so: {said}")
             time.sleep(0.02)
         return value
 

@@ -23,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from snn import __version__
+from snn.cli import data as cli_data
 from snn.data import h5 as data
 from snn.data import models
 
@@ -62,9 +63,10 @@ def test_a_training_reads_its_data_set_once(
 ):
     "The command, what it sends and the evaluation at the end share what was read."
     read, real = [], data.read
-    monkeypatch.setattr(
-        data, "read", lambda path, **more: read.append(path) or real(path, **more)
-    )
+    for module in (data, cli_data):  # each knows it by a name of its own
+        monkeypatch.setattr(
+            module, "read", lambda path, **more: read.append(path) or real(path, **more)
+        )
     options = ("--parameters", parameters_file, "--epochs", 1, "--out", tmp_path / "out", "-q")
     assert snn("train", "--data", small_data, *options)[0] == 0
     assert read == [small_data]

@@ -177,7 +177,8 @@ def test_while_it_runs_and_after_it_was_stopped(
     assert "goes on from its checkpoint after" in text
     life = f"{run}~1"
     until(
-        lambda: runs.newest(run) == life and runs.status(life).state == "running", "it goes on"
+        lambda: runs.newest(run) == life and runs.status(life).state == "running",
+        lambda: f"it goes on; {runs.newest(run)} is the newest, and {runs.status(life)}",
     )
     until(lambda: not cloud.bucket.keys(stopped), "it is no stopped run any more")
     for name, value in cloud.environment.items():

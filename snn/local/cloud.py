@@ -24,7 +24,7 @@ from ..backends.valkey.queue import DEAD, IDLE, QUEUE, meant_for, taken_by
 from ..backends.valkey.store import PATIENCE, connect
 from ..cloud.interfaces import Refusing
 from ..cloud.messages import Envelope, Upload
-from .pace import DONE, LEAVE
+from .pace import AT_WORK, DONE, LEAVE
 from .server import answers, listens_at, parameter_server, start_aws
 from .worker import Workers
 from ..maths.parameters import Parameters
@@ -204,6 +204,7 @@ class LocalCloud:
             "snn:runs",
             "snn:newest",
             LEAVE,
+            AT_WORK,
             DONE,
             *told,
         ]

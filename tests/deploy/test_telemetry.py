@@ -307,7 +307,8 @@ WORDS = {
     "name, of_lines",
     [
         ("NeuronQuery", lambda line: line["function_name"] == "Cats-NeuronLambda"),
-        ("ErrorQuery", lambda line: line["level"] == "ERROR"),
+        # of a message that failed for good; what a watchdog complains of is about no neuron
+        ("ErrorQuery", lambda line: line["level"] == "ERROR" and "neuron" in line),
         ("EpochQuery", lambda line: line["function_name"] == "Cats-NeuronLambda"),
     ],
 )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -233,7 +234,8 @@ def test_a_launch_that_dies_after_a_step_leaves_what_the_neurons_need(step, lab,
     services.bus.settle()
     forget()
     watch.watch(services, "lab")  # sees how far the run is
-    time.sleep(0.02)  # longer than stall_after
+    later = SimpleNamespace(time=lambda: time.time() + 1)  # longer than stall_after
+    monkeypatch.setattr("snn.cloud.runs.time", later)
     watch.watch(services, "lab")
     assert play(begun) is None
     assert record_of(begun, begun.run)["epochs"] == 6
