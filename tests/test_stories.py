@@ -232,7 +232,7 @@ LONGEST = 300  # seconds that a cell may take before the test gives up; how long
 EPOCHS = {
     "Introduction": {},
     "Codebook": {"epochs": 14},
-    "Analysis": {"epochs": 100, "compared": 30},
+    "Analysis": {"epochs": 40, "compared": 12},
 }
 
 
@@ -361,14 +361,14 @@ def test_the_analysis_calls_it_better_only_if_the_interval_lies_above_the_baseli
 @pytest.mark.timeout(900)
 def test_the_analysis_draws_the_cost_on_training_and_test_images(told):
     drawn = described(told / "Analysis.ipynb")
-    assert "Cost on all training and on all test images, 100 epochs" in drawn
+    assert "Cost on all training and on all test images, 40 epochs" in drawn
 
 
 @pytest.mark.timeout(900)
 def test_the_analysis_compares_the_settings_of_today_and_of_2018(told, pipeline):
     said = said_in(told / "Analysis.ipynb")
     for name in ("parameters.json", "parameters-2018.json"):
-        row = rf"\| `{name}` \| 30 \| \*\*[\d.]+%\*\* \(\d+% to \d+%\)((?: \| \d+){{4}}) \|"
+        row = rf"\| `{name}` \| 12 \| \*\*[\d.]+%\*\* \(\d+% to \d+%\)((?: \| \d+){{4}}) \|"
         counts = re.findall(r"\d+", re.search(row, said)[1])
         assert sum(map(int, counts)) == 50, "TP, FN, FP and TN are all of the test images"
     assert re.search(r"\d+ of 50 test images only the settings of today get right,", said)
