@@ -222,9 +222,9 @@ def test_a_server_that_refuses_too_long_ends_the_training_with_what_it_says_and_
             trouble.readonly(True)
 
     with pytest.raises(RuntimeError, match="has refused for 0.5 s; it says: READONLY"):
-        training.train(short_run, small_data, tmp_path / "cut", report)
+        training.train(short_run, small_data, tmp_path / "cut", report, workers=1)
     trouble.readonly(False)
-    training.resume(tmp_path / "cut")
+    training.resume(tmp_path / "cut", workers=1)
     assert (tmp_path / "cut" / "params.h5").read_bytes() == shared[-1]
 
 
@@ -402,7 +402,7 @@ def test_a_server_that_is_not_there_is_named_without_its_password(
 
 
 def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the_same_bytes(
-    outside, spawn, run_snn, small_data, short_run, tmp_path
+    outside, spawn, snn, small_data, short_run, tmp_path
 ):
     url = outside(password="s3cret")
     (tmp_path / "parameters.json").write_bytes(msgspec.json.encode(short_run))
@@ -422,7 +422,7 @@ def test_the_same_training_twice_at_once_and_twice_again_on_one_server_gives_the
         out, err = one.communicate(timeout=300)
         assert one.returncode == 0 and "s3cret" not in out + err, err
     for number in (3, 4):
-        code, out, err = run_snn(*command(number))
+        code, out, err = snn(*command(number))
         assert code == 0 and "s3cret" not in out + err, err
     first, *others = [
         (tmp_path / str(number) / "params.h5").read_bytes() for number in (1, 2, 3, 4)
