@@ -89,11 +89,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def until():
-    "Waits for something to become true, but not for ever."
+    "Waits for something to become true, but not for ever; `what` is words, or says them at the end."
 
-    def wait(
-        condition, what, seconds: float = 60
-    ):  # what: words, or what says them at the end
+    def wait(condition, what, seconds: float = 60):
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             if time.monotonic() > deadline:
@@ -385,6 +383,7 @@ MAY_BE_SKIPPED = {
     "python3.13": "another Python than the one that runs the tests",
     "no Python 3.13": "another Python than the one that runs the tests",
     "20 s for each kind with --faults": "long schedules, of which a slice runs",
+    "rounds otherwise": "another processor's BLAS; hashes are written for two kinds",
     "no mount namespace": "a container may forbid it",
     "only Linux": "another system",
     "/proc": "another system",
