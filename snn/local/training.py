@@ -203,13 +203,8 @@ def _draw_costs(costs: list[float], threshold: float, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), dpi=120)
     FigureCanvasAgg(figure)
-    place = (
-        0.12,
-        0.13,
-        0.85,
-        0.78,
-    )  # which a layout would take longer to find than all the rest
-    axis = figure.add_axes(place, title="Cost of each epoch")
+    # The place is given: to find one takes longer than to draw all the rest.
+    axis = figure.add_axes((0.12, 0.13, 0.85, 0.78), title="Cost of each epoch")
     axis.set(xlabel="epoch", ylabel="cost (cross-entropy)", yscale="log")
     axis.yaxis.set_major_formatter(Plain())
     axis.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
