@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from snn.handlers.protocol import (
     invocations_per_epoch,
     stages,
 )
+from snn.local import training
 from snn.local.cloud import LocalCloud
 from snn.maths import network, sampling
 from snn.maths.activations import ACTIVATIONS
@@ -473,3 +475,19 @@ def test_the_ledger_in_dynamodb_answers_as_the_other_does(in_dynamodb):
         for message in messages_of_epoch(plan, epoch)
     )
     assert ledger.counts(plan)["NeuronLambda"].finished == 2 * 3 * 8
+
+
+def test_what_is_copied_is_whole_and_nothing_is_left_of_what_was_cut_short(
+    tmp_path, monkeypatch
+):
+    path, write = tmp_path / "training_data" / "run.npz", Path.write_bytes
+
+    def cut_short(path: Path, content: bytes) -> None:
+        write(path, content[:2])
+        raise KeyboardInterrupt
+
+    training._write_whole(path, b"before")
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        training._write_whole(path, b"after")
+    assert [file.read_bytes() for file in path.parent.iterdir()] == [b"before"]

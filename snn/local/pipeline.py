@@ -241,9 +241,8 @@ def write_report(
     text = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL).replace(
         "</head>", f"<style>{STYLE}</style></head>", 1
     )
-    partial = page.with_name(page.name + ".partial")
-    partial.write_text(described(text, whole), encoding="utf-8")
-    partial.replace(page)
+    with data.written_whole(page) as partial:
+        partial.write_text(described(text, whole), encoding="utf-8")
     return page
 
 # %% ../../nbs/local/05_pipeline.ipynb #889bc417

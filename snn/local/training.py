@@ -132,9 +132,8 @@ def copy_down(
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with data.written_whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def copy_up(
@@ -225,9 +224,8 @@ def _draw_costs(costs: list[float], threshold: float, path: Path) -> None:
         )
         axis.legend()
     axis.grid(alpha=0.3, which="both")
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial)
-    partial.replace(path)
+    with data.written_whole(path) as partial:
+        figure.savefig(partial, format="png")
 
 # %% ../../nbs/local/04_training.ipynb #93c57662
 @contextlib.contextmanager
